@@ -1,0 +1,275 @@
+"""Stage 2 of 5: the rater mu learns which pairs help, from an explicit meta-gradient (eqs. 2-9).
+
+Two proxies leave the warm-up side by side. theta trains on the weighted training pairs and on
+validation pairs, theta_hat on the weighted training pairs alone. Where theta has the lower loss
+on a training pair, validation data asked for that pair, and its weight rises.
+
+    eq. 2    mu* = argmin_mu L(theta*(mu); D_val)             what is wanted (outer problem)
+    eq. 3    theta*(mu) = argmin_theta sum_i W_i(mu) L(theta; x_i)                     (inner)
+    eq. 5    theta     <- theta - beta (grad L(theta; D_val) + sum_i W_i grad L(theta; x_i))
+             theta_hat <- the same without the validation term
+    eq. 6    mu <- mu - alpha sum_i (L(theta; x_i) - L(theta_hat; x_i)) grad_mu W_i
+    eq. 7    W_inst = softmax over a group of pairs,  W_i = W_inst,i * W_batch
+    eq. 8    assume L(theta_hat; x_i) = 0, and eq. 6 becomes
+    eq. 9    mu <- mu - alpha sum_i L(theta; x_i) grad_mu W_i           (--signal loss)
+
+Why eq. 6 is a meta-gradient: with theta = theta_hat - beta g_val,
+    L_i(theta) - L_i(theta_hat) = -beta <grad L_i, g_val> + O(beta^2) = dL_val / dW_i + O(beta^2),
+provided that both losses use the same t and eps; with separate noise the noise is all one sees.
+
+Added to the paper (each marked in the code; without it: README, "What is added"):
+    entropy term   keeps all weight from falling on one pair; makes the logit -E[signal] / tau
+    rank signal    a pair's difference is ranked in its group, a group's total among the step's
+                   groups: no heavy tails, and no drift that drives every W_batch to 0 or 1
+    shifted t      the signal is drawn at high noise, where the caption matters to the loss
+Released code: eq. 9 only, no reference proxy, another softmax on top, validation only at first.
+Differs from the paper: steps by AdamW; the softmax runs over groups of fixed size (the paper's 64
+pairs on 2 GPUs are groups of 32), so the number of processes changes nothing.
+
+Reads    out/proxy.pt
+Writes   out/rater.pt, .csv, .png      (--signal loss: out/rater-loss.pt, .csv, .png)
+Run      python 02_meta_rater.py                        under a minute on two cores
+         torchrun --nproc-per-node 2 02_meta_rater.py
+"""
+import importlib
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from matplotlib import pyplot as plt
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+proxy_stage = importlib.import_module("01_proxy")
+
+T_SHIFT = 1.2              # added: t = sigmoid(normal + 1.2) in the meta step, mean 0.74
+PROBE = 512                # training pairs whose logits the figure follows
+
+
+# ---- the rater -------------------------------------------------------------------------------
+class Rater(nn.Module):
+    """mu: clean image and caption -> features -> Instance MLP (logit) and Group MLP (W_batch).
+
+    The paper's Fig. 2a with a small transformer encoder in place of STAR-40M's backbone.
+    """
+
+    def __init__(self, size, patch, words, width=64, depth=2):
+        super().__init__()
+        self.patch = patch
+        self.to_patch = nn.Linear(3 * patch ** 2, width)
+        self.word = nn.Embedding(proxy_stage.VOCABULARY, width)
+        self.place = nn.Parameter(0.2 * torch.randn(1, words + (size // patch) ** 2, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, activation="gelu",
+                                           batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.instance = nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, 1))
+        self.group = nn.Sequential(nn.Linear(2 * width, 64), nn.GELU(), nn.Linear(64, 1))
+
+    def features(self, x, c):                              # (B, 3, H, W), (B, T)
+        patches = self.to_patch(proxy_stage.patchify(x, self.patch))          # (B, P, D)
+        return self.encoder(torch.cat([self.word(c), patches], 1) + self.place).mean(1)  # (B, D)
+
+    def logits(self, f):
+        """Instance rating What_i of features (..., D) -> (...)."""
+        return self.instance(f).squeeze(-1)
+
+    def group_weight(self, f):
+        """W_batch of groups of features (..., G, D) -> (..., 1), from their mean and variance."""
+        return self.group(torch.cat([f.mean(-2), f.var(-2, unbiased=False)], -1)).sigmoid()
+
+
+def weigh(rater, x, c, group_size):
+    """Eq. 7: W_inst (B / G, G), which sums to 1 in each group of G pairs, and W_batch (B / G, 1)."""
+    f = rater.features(x, c)                                                  # (B, D)
+    W_inst = rater.logits(f).view(-1, group_size).softmax(1)                  # (B / G, G)   eq. 7
+    return W_inst, rater.group_weight(f.view(-1, group_size, f.shape[-1]))
+
+
+# ---- the meta-gradient -----------------------------------------------------------------------
+def rater_objective(W_inst, W_batch, s, s_group):
+    """Its gradient in mu is eq. 6, sum_i s_i grad (W_inst,i W_batch), averaged over groups.
+
+    s (B / G, G) is the signal L(theta; x_i) - L(theta_hat; x_i). By the product rule the Instance
+    MLP gets s_i W_batch, and the Group MLP the group's total s_group (B / G, 1) =
+    sum_i s_i W_inst,i. They enter one by one because the additions treat them differently.
+    """
+    instance = W_batch.detach() * (s * W_inst).sum(1, keepdim=True)           # (B / G, 1)
+    return (instance + s_group * W_batch).mean()                              # eq. 6
+
+
+def rank_normal(s):
+    """Added: along the last axis, ranks as standard normal scores; lowest signal, lowest score."""
+    ranks = s.argsort(-1).argsort(-1)
+    return torch.special.ndtri((ranks + 0.5) / s.shape[-1])
+
+
+def negative_entropy(W_inst, W_batch):
+    """Added: sum_i W_i log W_i, and its two-way form for W_batch against 1 - W_batch.
+
+    Without it the objective is linear in the weights and its optimum one pair, one group. With
+    tau times it the optimum is logit = -E[signal] / tau: the rater becomes a regression.
+    """
+    either = torch.stack([W_batch, 1 - W_batch], -1)                          # (B / G, 1, 2)
+    return sum((w * w.clamp_min(1e-12).log()).flatten(1).sum(1).mean() for w in (W_inst, either))
+
+
+def meta_step(nets, opts, train, val, rng, args):
+    """One step of eqs. 5-7. nets and opts: proxy theta, ref theta_hat, rater mu.
+
+    train and val are batches (x (B, 3, H, W), c (B, T)), already cut to this process; each
+    softmax runs over a group of --group-size pairs inside it. Returns figures for the log.
+    """
+    (x, c), (x_val, c_val) = train, val
+    W_inst, W_batch = weigh(nets["rater"], x, c, args.group_size)             # (B / G, G or 1)
+    t, eps = proxy_stage.draw_noise(x, rng, T_SHIFT)                          # one noise for both
+    t_val, eps_val = proxy_stage.draw_noise(x_val, rng)
+    L_theta, L_val = proxy_stage.flow_loss(                                   # (B,), (B,)
+        nets["proxy"], torch.cat([x, x_val]), torch.cat([c, c_val]), torch.cat([t, t_val]),
+        torch.cat([eps, eps_val])).split(len(x))
+    L_hat = proxy_stage.flow_loss(nets["ref"], x, c, t, eps)                  # (B,)
+    L_theta, L_hat = L_theta.view_as(W_inst), L_hat.view_as(W_inst)           # (B / G, G)
+
+    gap = (L_theta - L_hat).detach()                       # eq. 6 holds both proxies fixed
+    signal = gap if args.signal == "difference" else L_theta.detach()         # eq. 9: L_hat = 0
+    s = rank_normal(signal)                                                   # added
+    total = (signal * W_inst.detach()).sum(1)                                 # (B / G,)
+    s_group = proxy_stage.mine(rank_normal(proxy_stage.gather(total)))[:, None]         # added
+    objective = rater_objective(W_inst, W_batch, s, s_group)                  # eqs. 6, 9
+    W = (W_inst * W_batch).detach()                        # eq. 5 holds mu fixed; sums to W_batch
+
+    descend = proxy_stage.descend
+    descend(objective + args.tau * negative_entropy(W_inst, W_batch), nets["rater"], opts["rater"])
+    descend(L_val.mean() + (W * L_theta).sum(1).mean(), nets["proxy"], opts["proxy"])  # eq. 5
+    descend((W * L_hat).sum(1).mean(), nets["ref"], opts["ref"])          # eq. 5 without g_val
+    ess = 1 / W_inst.square().sum(1).mean() / args.group_size
+    return torch.stack([L_val.mean(), L_hat.mean(), gap.mean(), gap.std(), ess, W_batch.mean(),
+                        W_inst.log().std(1).mean()]).detach()
+
+
+def exact_meta_gradient(proxy, train, val, W, beta, steps):
+    """dL_val / dW_i (B,) through `steps` unrolled gradient steps of eq. 3: what eq. 6 approximates.
+
+    train and val are (x, c, t, eps). Keeps one graph per step in memory, and needs second
+    derivatives, which fused attention does not have on the CPU.
+    """
+    W = W.detach().requires_grad_()                                           # (B,)
+    params = {name: p.detach().requires_grad_() for name, p in proxy.named_parameters()}
+    with sdpa_kernel(SDPBackend.MATH):
+        for _ in range(steps):
+            def net(*inputs, params=params):
+                return functional_call(proxy, params, inputs)
+            loss = (W * proxy_stage.flow_loss(net, *train)).sum()             # eq. 3
+            grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            params = {name: p - beta * g for (name, p), g in zip(params.items(), grads)}
+        L_val = proxy_stage.flow_loss(                                        # eq. 2
+            lambda *inputs: functional_call(proxy, params, inputs), *val).mean()
+        return torch.autograd.grad(L_val, W)[0]
+
+
+# ---- the loop --------------------------------------------------------------------------------
+COLUMNS = ["step", "val", "ref", "gap_mean", "gap_std", "ess", "W_batch", "logit_std"]
+
+
+def learn(nets, pairs, val, args, probe):
+    """`--steps` meta steps. Returns the log's rows and the probe's logits over time."""
+    opts = {name: proxy_stage.adamw(net, args.lr) for name, net in nets.items()}
+    device, rows, seen = pairs.images.device, [], []
+    batches = [proxy_stage.stream(split, (
+        proxy_stage.batch_rows(len(split), args.batch_size, k, args.seed)
+        for k in range(args.steps))) for split in (pairs, val)]
+    for k, (train_batch, val_batch) in enumerate(zip(*batches), 1):
+        rng = proxy_stage.seeded(device, args.seed, "meta", k)
+        rows.append(meta_step(nets, opts, train_batch, val_batch, rng, args))
+        if k % max(args.steps // 20, 1) == 0 or k == args.steps:
+            with torch.no_grad():
+                seen.append((k, nets["rater"].logits(nets["rater"].features(*probe)).cpu()))
+        if k % 100 == 0 or k == args.steps:
+            recent = proxy_stage.average(torch.stack(rows[-100:]).mean(0)).tolist()
+            proxy_stage.print0(
+                f"meta {k:5d}/{args.steps}   val {recent[0]:.4f}   difference {recent[2]:+.4f} "
+                f"+- {recent[3]:.4f}   ESS {recent[4]:.2f}   W_batch {recent[5]:.3f}   "
+                f"logit std {recent[6]:.2f}" + warn_of_collapse(*recent[4:]))
+    rows = proxy_stage.average(torch.stack(rows)).tolist()
+    return [[k, *row] for k, row in enumerate(rows, 1)], seen
+
+
+def warn_of_collapse(ess, W_batch, logit_std):
+    """In words, what is wrong with the rater, or ''."""
+    if ess < 0.2:
+        return "   COLLAPSE: a few pairs hold all weight (raise --tau)"
+    if not 0.05 < W_batch < 0.9995:
+        return "   COLLAPSE: W_batch is stuck and says nothing about its group"
+    if logit_std < 0.01:
+        return "   COLLAPSE: every pair is rated alike (more warm-up, or better validation pairs)"
+    return ""
+
+
+# ---- the stage -------------------------------------------------------------------------------
+def parse_args(argv=None):
+    parser = proxy_stage.options(
+        __doc__, batch_size=(64, "training pairs, and as many validation pairs, all processes"),
+        group_size=(32, "pairs under one softmax and one W_batch"), steps=(600, "meta steps"),
+        lr=(1e-3, "of theta, theta_hat and mu"), tau=(1.0, "weight of the entropy term (added)"))
+    parser.add_argument("--signal", choices=["difference", "loss"], default="difference",
+                        help="eq. 6, or eq. 9 as in the released code")
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.steps, args.batch_size, args.group_size = 12, 16, 8
+    return args
+
+
+def suffix(signal):
+    """Files of the eq. 9 rater stand beside those of eq. 6."""
+    return "" if signal == "difference" else f"-{signal}"
+
+
+def main(args):
+    device = proxy_stage.start(args)
+    if args.batch_size % (args.group_size * proxy_stage.world()):
+        raise SystemExit(f"--batch-size {args.batch_size} must be a multiple of --group-size "
+                         f"{args.group_size} times {proxy_stage.world()} processes")
+    settings, warm = proxy_stage.load_proxy(args.out)
+    pairs, val, _ = proxy_stage.load_data(settings, device)
+    nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
+    nets["proxy"].load_state_dict(warm)                    # theta <- theta_hat, after eq. 4
+    nets["ref"].load_state_dict(warm)
+    nets["rater"] = Rater(settings.size, settings.patch, settings.words).to(device)
+
+    began, rows_of_probe = time.time(), np.arange(min(PROBE, len(pairs)))
+    rows, seen = learn(nets, pairs, val, args, pairs.batch(rows_of_probe))
+    file = Path(args.out) / f"rater{suffix(args.signal)}"
+    proxy_stage.save(f"{file}.pt", settings=vars(args),
+                     **{name: net.state_dict() for name, net in nets.items()})
+    proxy_stage.write_csv(f"{file}.csv", COLUMNS, rows)
+    draw_figure(f"{file}.png", rows, seen, np.array(pairs.strata)[rows_of_probe])
+    proxy_stage.print0(f"wrote {file}.pt, .csv, .png: {args.steps} meta steps in "
+                       f"{time.time() - began:.0f} s")
+
+
+def draw_figure(path, rows, seen, strata):
+    """Logits by stratum over the run (analysis only), and the health of the weights."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
+    steps, logits = [k for k, _ in seen], torch.stack([values for _, values in seen]).numpy()
+    logits = logits - logits.mean(1, keepdims=True)                           # (times, PROBE)
+    for stratum in sorted(set(strata)):
+        chosen = logits[:, strata == stratum]
+        low, middle, high = np.percentile(chosen, (25, 50, 75), axis=1)
+        colour = proxy_stage.STRATUM_COLOURS.get(stratum, "black")
+        left.plot(steps, middle, color=colour, label=stratum or "all pairs")
+        left.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    left.set(xlabel="meta step", ylabel="logit, centred (median, quartiles)")
+    left.legend(fontsize=8)
+    table = np.array(rows)                                                    # (steps, 8)
+    window = min(25, len(table))
+    for column, style in (("ess", "-"), ("W_batch", "--"), ("logit_std", ":")):
+        smooth = np.convolve(table[:, COLUMNS.index(column)], np.ones(window) / window, "valid")
+        right.plot(table[window - 1:, 0], smooth, style, color="black", label=column)
+    right.set(xlabel="meta step", ylim=(0, None))
+    right.legend(fontsize=8)
+    proxy_stage.save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    main(parse_args())
