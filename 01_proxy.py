@@ -519,11 +519,16 @@ def average_gradients(net):
             grad.copy_(mean.view_as(grad))
 
 
-def average(tensor):
-    """Mean of a tensor over processes."""
+def add_up(tensor):
+    """Sum of a tensor over processes."""
     if world() > 1:
         dist.all_reduce(tensor)
-    return tensor / world()
+    return tensor
+
+
+def average(tensor):
+    """Mean of a tensor over processes."""
+    return add_up(tensor) / world()
 
 
 def gather(tensor):
