@@ -164,15 +164,15 @@ def draw_histogram(path, rating, percentile, strata):
 
 
 def draw_bands(path, pairs, percentile, seed):
-    """Pictures and captions per percentile band, drawn at random (the paper's Fig. 5)."""
-    figure, axes = plt.subplots(BANDS, 8, figsize=(10, 1.75 * BANDS))
-    for band, row in enumerate(axes):
+    """Pictures and captions drawn at random, a column per percentile band (the paper's Fig. 5)."""
+    figure, axes = plt.subplots(5, BANDS, figsize=(1.3 * BANDS, 8.5))
+    for band, column in enumerate(axes.T):
         inside = np.flatnonzero((percentile * BANDS // 100).astype(int) == band)
-        rows = np.random.default_rng([seed, band]).choice(inside, 8, replace=len(inside) < 8)
-        proxy_stage.show_pictures(row, pairs.batch(rows)[0], [pairs.captions[i] for i in rows])
-        row[0].text(-0.15, 0.5, f"{band * 100 // BANDS}-{(band + 1) * 100 // BANDS} %",
-                    ha="right", va="center", transform=row[0].transAxes)
-    figure.tight_layout()
+        rows = np.random.default_rng([seed, band]).choice(inside, 5, replace=len(inside) < 5)
+        proxy_stage.show_pictures(column, pairs.batch(rows)[0], [pairs.captions[i] for i in rows])
+        column[0].text(0.5, 1.75, f"{band * 100 // BANDS}-{(band + 1) * 100 // BANDS} %",
+                       ha="center", fontsize=12, transform=column[0].transAxes)
+    figure.subplots_adjust(wspace=0.08, hspace=0.35)
     proxy_stage.save_figure(figure, path)
 
 
