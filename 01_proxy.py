@@ -13,12 +13,13 @@ rectified flow; the paper's is a 0.3 B scale-wise autoregressive model. Eq. 4 st
 
 Writes   out/proxy.pt (weights at five points of the warm-up, settings), out/proxy.csv, out/proxy.png
 Run      python 01_proxy.py                                  toy pairs, half a minute on two cores
-         python 01_proxy.py --data SHARDS --val CURATED --size 32 --width 128
+         python 01_proxy.py --data 'DIR/train-*.tar' --val CURATED --size 32 --width 96
          torchrun --nproc-per-node 2 01_proxy.py             same global batch, cut over processes
 """
 import argparse
 import csv
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -400,16 +401,18 @@ def decode(data, size):
 
 
 def read_pairs(path, size, words):
-    """Every usable pair in `path`: a tar, or a folder of tars, of images with sidecars, or a table.
+    """Every usable pair in `path`: tars, or a folder of tars, of images with sidecars, or a table.
 
     What cannot be used is skipped, counted by reason and named once; the rest keeps its order.
     """
-    path, skipped, kept = Path(path), defaultdict(list), {}
-    if not path.exists():
-        raise SystemExit(f"{path}: no such file or folder (--data and --val take tar shards, a "
-                         "folder of them, or a folder of images; --data toy draws pairs)")
-    shards = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))
-    indexes = [index_shard(shard, skipped) for shard in shards] or [index_folder(path, skipped)]
+    places, skipped, kept = sorted(map(Path, glob.glob(str(path)))), defaultdict(list), {}
+    if not places:
+        raise SystemExit(f"{path}: no such file or folder (--data and --val take tar shards such as "
+                         "'DIR/train-*.tar', a folder of them, or a folder of images; or toy)")
+    shards = [shard for place in places for shard in
+              ([place] if place.suffix == ".tar" else sorted(place.glob("*.tar")))]
+    indexes = [index_shard(shard, skipped) for shard in shards] or [
+        index_folder(place, skipped) for place in places]
     for record in itertools.chain.from_iterable(indexes):
         reason = read_record(record, size, kept)
         if reason:
@@ -591,6 +594,11 @@ def show_pictures(axes, images, captions):
         axis.axis("off")
 
 
+def legend_above(axis, columns=4):
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=columns,
+                frameon=False, columnspacing=1)
+
+
 def save_figure(figure, path):
     if rank() == 0:
         figure.savefig(path, dpi=150, bbox_inches="tight")
@@ -624,7 +632,7 @@ def load_proxy(out):
 
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = options(__doc__, data=("toy", "toy, tar shards, or a folder of images"),
+    parser = options(__doc__, data=("toy", "toy, tar shards (* works), or a folder of images"),
                      val=(None, "pairs you trust, in the same layouts"),
                      size=(16, "pixels a side"), words=(8, "words kept of a caption"),
                      patch=(4, "pixels a side of a patch"), width=(64, "of the proxy"),

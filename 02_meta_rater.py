@@ -210,7 +210,7 @@ def warn_of_collapse(ess, W_batch, logit_std):
 def parse_args(argv=None):
     parser = proxy_stage.options(
         __doc__, batch_size=(64, "training pairs, and as many validation pairs, all processes"),
-        group_size=(32, "pairs under one softmax and one W_batch"), steps=(600, "meta steps"),
+        group_size=(32, "pairs under one softmax and one W_batch"), steps=(400, "meta steps"),
         lr=(1e-3, "of theta, theta_hat and mu"), tau=(1.0, "weight of the entropy term (added)"))
     parser.add_argument("--signal", choices=["difference", "loss"], default="difference",
                         help="eq. 6, or eq. 9 as in the released code")
@@ -260,14 +260,14 @@ def draw_figure(path, rows, seen, strata):
         left.plot(steps, middle, color=colour, label=stratum or "all pairs")
         left.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     left.set(xlabel="meta step", ylabel="logit, centred (median, quartiles)")
-    left.legend(fontsize=8)
+    proxy_stage.legend_above(left)
     table = np.array(rows)                                                    # (steps, 8)
     window = min(25, len(table))
     for column, style in (("ess", "-"), ("W_batch", "--"), ("logit_std", ":")):
         smooth = np.convolve(table[:, COLUMNS.index(column)], np.ones(window) / window, "valid")
         right.plot(table[window - 1:, 0], smooth, style, color="black", label=column)
     right.set(xlabel="meta step", ylim=(0, None))
-    right.legend(fontsize=8)
+    proxy_stage.legend_above(right)
     proxy_stage.save_figure(figure, path)
 
 

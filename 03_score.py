@@ -159,7 +159,7 @@ def draw_histogram(path, rating, percentile, strata):
         axis.hist([values[chosen] for _, chosen in groups], bins=bins, stacked=True, color=colours,
                   label=[name for name, _ in groups])
         axis.set(xlabel=label, ylabel="pairs")
-    left.legend(fontsize=8)
+    proxy_stage.legend_above(left)
     proxy_stage.save_figure(figure, path)
 
 
@@ -191,7 +191,7 @@ def draw_dynamics(path, settings, snapshots, pairs, percentile, draws):
                       label=f"step {step}", markersize=4)
     for axis, label in zip(axes, ("loss", "gradient norm of 32 pairs")):
         axis.set(xlabel="percentile (0 = highest rating)", ylabel=label, ylim=(0, None))
-    axes[0].legend(fontsize=8)
+        proxy_stage.legend_above(axis)
     proxy_stage.save_figure(figure, path)
 
 

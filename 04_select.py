@@ -128,10 +128,11 @@ def draw_figure(path, w, rows, args):
     axis.hist(100 * w[rows], 100 * bins, color="#0072B2", label="kept")
     if "gsample" in args.method:
         start = args.drop if args.method == "shift-gsample" else 0.0
-        p = np.exp(log_density(bins, start, args.mean, args.std))
-        axis.plot(100 * bins, p * len(w) / 40, color="#D55E00", label="p of eq. 11 (top: all)")
+        fine = np.linspace(0, 1, 1001)
+        p = np.exp(log_density(fine, start, args.mean, args.std))
+        axis.plot(100 * fine, p * len(w) / 40, color="#D55E00", label="p of eq. 11, scaled")
     axis.set(xlabel="percentile (0 = highest rating)", ylabel="pairs")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3, frameon=False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
@@ -166,6 +167,7 @@ def main(args):
     except ValueError as error:
         raise SystemExit(f"{args.ratings}: {error}: lower --keep or --drop")
     of = args.ratings.stem.removeprefix("ratings")
+    of = f"-{of}" if of and not of.startswith("-") else of
     by = "" if args.rank_by == "rating" else f"-by-{args.rank_by}"
     Path(args.out).mkdir(parents=True, exist_ok=True)
     stem = Path(args.out) / f"selected{of}{by}-{args.method}-{args.keep:g}"

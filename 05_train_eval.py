@@ -248,10 +248,16 @@ def interval(values):
     return values.mean(), T975[min(len(values), 10) - 2] * values.std(ddof=1) / len(values) ** 0.5
 
 
+def show_interval(mean, half, sign=""):
+    return f"{mean:{sign}.3g}" + ("" if math.isnan(half) else f" ± {half:.2g}")
+
+
 def verdict(difference, half, sign):
-    """wins, loses or tie: whether the interval of a paired difference leaves out zero."""
-    if not abs(difference) > half:
-        return "tie" if half == half else "one seed"
+    """wins, loses, or tie where the interval of a paired difference holds zero; one seed has none."""
+    if math.isnan(half):
+        return ""
+    if abs(difference) <= half:
+        return "tie"
     return "wins" if difference * sign > 0 else "loses"
 
 
@@ -266,19 +272,20 @@ def tabulate(results, arms, floor):
              "|---" * (4 + len(METRICS)) + "|"]
     for name, columns in values.items():
         shares = " / ".join(f"{100 * columns[stratum].mean():.0f}" for stratum in strata)
-        cells = ["{:.4g} ± {:.2g}".format(*interval(columns[metric])) for metric in METRICS]
+        cells = [show_interval(*interval(columns[metric])) for metric in METRICS]
         lines.append(f"| {name} | {columns['pairs'][0]} | {shares} | "
                      f"{columns['seconds'].mean():.0f} | " + " | ".join(cells) + " |")
     lines += ["", "Paired differences, arm minus baseline:", "",
               "| arm | baseline | " + " | ".join(METRICS) + " |", "|---" * (2 + len(METRICS)) + "|"]
     baselines = [arm.name for arm in arms if not arm.ratings and not arm.file]
-    for name in (arm.name for arm in arms if arm.name not in baselines):
-        for baseline in baselines:
-            cells = []
-            for metric, sign in METRICS.items():
-                mean, half = interval(values[name][metric] - values[baseline][metric])
-                cells.append(f"{mean:+.3g} ± {half:.2g} {verdict(mean, half, sign)}")
-            lines.append(f"| {name} | {baseline} | " + " | ".join(cells) + " |")
+    compared = [(name, baseline) for name in values for baseline in baselines
+                if name not in baselines and values[baseline]["pairs"][0] >= values[name]["pairs"][0]]
+    for name, baseline in compared:
+        cells = []
+        for metric, sign in METRICS.items():
+            mean, half = interval(values[name][metric] - values[baseline][metric])
+            cells.append(f"{show_interval(mean, half, '+')} {verdict(mean, half, sign)}")
+        lines.append(f"| {name} | {baseline} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -306,7 +313,7 @@ def draw_results(path, results, arms):
         better = "more" if METRICS[metric] > 0 else "less"
         axis.set(xlabel=f"{metric} ({better} is better)")
         axis.grid(axis="x", alpha=0.3)
-    axes[list(metrics).index("distance")].set_xscale("log")
+        axis.set_xlim(left=0 if metric != "held-out" else None)
     axes[0].set_yticks(range(len(arms)), [arm.name for arm in arms])
     axes[0].invert_yaxis()
     figure.tight_layout()

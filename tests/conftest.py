@@ -1,0 +1,39 @@
+"""Makes the numbered stages importable and runs the chain once, tiny, for the tests that read it."""
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+CHAIN = ("01_proxy.py", "02_meta_rater.py", "02_meta_rater.py --signal loss", "03_score.py",
+         "03_score.py --signal loss", "04_select.py --method topk", "04_select.py",
+         "05_train_eval.py")
+
+
+def run(command, launcher=()):
+    """Run one stage as a user does; returns the finished process. command: 'FILE --flag value'."""
+    file, *flags = command.split()
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *launcher, str(ROOT / file), *flags], env=env,
+                          capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """Folder with the results of the whole chain in smoke mode on toy pairs."""
+    out = tmp_path_factory.mktemp("chain")
+    for command in CHAIN:
+        done = run(f"{command} --smoke --out {out}")
+        assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def stage():
+    """stage(1) .. stage(5): the modules under test."""
+    names = ["01_proxy", "02_meta_rater", "03_score", "04_select", "05_train_eval"]
+    return lambda number: importlib.import_module(names[number - 1])

@@ -1,0 +1,57 @@
+"""Stage 3: a pair's score belongs to the pair."""
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture()
+def rated(stage):
+    """(nets, pairs): untrained nets and a corpus of two and a half chunks."""
+    torch.manual_seed(0)
+    pairs = stage(1).draw_toy(1280, 16, 0, "train")
+    nets = {name: stage(1).DiT(16, 4, 16, 1, 8) for name in ("proxy", "ref")}
+    for net in nets.values():
+        torch.nn.init.normal_(net.from_patch.weight, std=0.1)
+    return nets | {"rater": stage(2).Rater(16, 4, 8, width=16, depth=1), "group_size": 8}, pairs
+
+
+def test_scores_ignore_batch_size_and_order_of_work(stage, rated):
+    nets, pairs = rated
+    whole = stage(3).score(nets, pairs, 512, seed=3)
+    assert np.ptp(whole, axis=0).min() > 1e-6                     # all four columns say something
+    assert np.allclose(whole, stage(3).score(nets, pairs, 100, seed=3), atol=1e-5)
+    pool_rows = np.sort(np.random.default_rng([3, 1280]).permutation(1280)[:stage(3).POOL])
+    with torch.no_grad():
+        pool = stage(3).features(nets["rater"], *pairs.batch(pool_rows), 512)
+    parts = {k: stage(3).score_chunk(nets, pairs, pool, k, 512, 3).numpy() for k in (2, 0, 1)}
+    assert np.allclose(whole, np.concatenate([parts[k] for k in (0, 1, 2)]), atol=1e-5)
+
+
+def test_group_rating_is_the_mean_over_groups_that_hold_the_pair(stage, rated):
+    nets, pairs = rated
+    with torch.no_grad():
+        f = stage(3).features(nets["rater"], *pairs.batch(range(64)), 64)
+        rating = stage(3).group_rating(nets["rater"], f[:3], f, 8, stage(1).seeded("cpu", 1))
+        drawn = torch.randint(64, (stage(3).CHUNK, stage(3).GROUPS, 7),
+                              generator=stage(1).seeded("cpu", 1))
+        for i in range(3):
+            W = [nets["rater"].group_weight(torch.cat([f[i:i + 1], f[row]])) for row in drawn[i]]
+            assert torch.allclose(torch.stack(W).mean(), rating[i], atol=1e-6)
+
+
+def test_baselines_are_the_losses_of_the_two_proxies(stage, rated):
+    """With theta = theta_hat the difference is exactly 0: both see the same noise."""
+    nets, pairs = rated
+    x, c = pairs.batch(range(10))
+    with torch.no_grad():
+        loss, difference = stage(3).baselines(nets["ref"], nets["ref"], x, c,
+                                              stage(1).seeded("cpu", 1))
+    assert difference.abs().max() == 0 and loss.min() > 0
+
+
+def test_percentiles_and_auc(stage):
+    assert stage(3).percentiles(np.array([1.0, 3.0, 2.0, 0.0])).tolist() == [50, 0, 25, 75]
+    rng = np.random.default_rng(0)
+    high, low = rng.integers(0, 9, 40) + 1, rng.integers(0, 9, 30)
+    brute = np.mean([(a > b) + 0.5 * (a == b) for a in high for b in low])
+    assert stage(3).auc(high, low) == pytest.approx(brute)

@@ -1,0 +1,95 @@
+"""The five stages as a user runs them: tiny, over two processes, on files, on shuffled strata."""
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import ROOT, run
+
+PHOTOS = ROOT.parent / "shared" / "data" / "photos"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_chain_writes_what_its_docstrings_promise(chain):
+    names = ["proxy.pt", "proxy.csv", "proxy.png", "results.md", "results.png", "samples.png"]
+    for stem in ("rater", "rater-loss"):
+        names += [f"{stem}.{kind}" for kind in ("pt", "csv", "png")]
+    for stem in ("ratings", "ratings-loss"):
+        names += [f"{stem}.csv", f"{stem}.png", f"{stem}-bands.png", f"{stem}-dynamics.png"]
+    names += ["selected-topk-0.5.csv", "selected-shift-gsample-0.5.csv", "results.csv"]
+    missing = [name for name in names if not (chain / name).stat().st_size]
+    assert not missing and not list(chain.glob("*.part"))
+    rows = read(chain / "results.csv")
+    assert len(rows) == 20 and {row["seed"] for row in rows} == {"0", "1"}
+    assert all(np.isfinite(float(row["held-out"])) for row in rows)
+
+
+def test_two_processes_do_what_one_does(chain, tmp_path):
+    """Losses of 01 and 02 to rounding over all smoke steps, ratings of 03 to 1e-5; 05 runs."""
+    for command in ("01_proxy.py", "02_meta_rater.py", "03_score.py", "05_train_eval.py"):
+        done = run(f"{command} --smoke --out {tmp_path}", TORCHRUN)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for name, columns in (("proxy.csv", ["loss"]), ("rater.csv", ["val", "ref", "ess", "W_batch"]),
+                          ("ratings.csv", ["instance", "group", "rating", "loss", "difference"])):
+        one, two = read(chain / name), read(tmp_path / name)
+        assert [row.get("key") for row in one] == [row.get("key") for row in two]
+        for column in columns:
+            a, b = (np.array([float(row[column]) for row in rows]) for rows in (one, two))
+            assert np.allclose(a, b, atol=1e-5), (name, column, abs(a - b).max())
+
+
+def test_strata_decide_nothing(stage, chain, tmp_path, monkeypatch):
+    """With the strata shuffled, weights, ratings and selections stay as they are."""
+    draw = stage(1).draw_toy
+
+    def shuffled(*args):
+        pairs = draw(*args)
+        pairs.strata = list(np.random.default_rng(0).permutation(pairs.strata))
+        return pairs
+    monkeypatch.setattr(stage(1), "draw_toy", shuffled)
+    for number, flags in ((1, []), (2, []), (3, []), (4, ["--method", "topk"])):
+        module = stage(number)
+        module.main(module.parse_args(["--smoke", "--out", str(tmp_path), *flags]))
+    one, two = read(chain / "ratings.csv"), read(tmp_path / "ratings.csv")
+    assert [row["stratum"] for row in one] != [row["stratum"] for row in two]
+    for column in ("instance", "rating", "loss", "difference"):
+        values = ([float(row[column]) for row in rows] for rows in (one, two))
+        assert np.allclose(*values, atol=1e-5)
+    name = "selected-topk-0.5.csv"
+    assert len({row["key"] for row in read(chain / name)}
+               ^ {row["key"] for row in read(tmp_path / name)}) <= 2       # ties at the edge
+
+
+def test_own_selections_as_arms(chain):
+    done = run(f"05_train_eval.py --smoke --out {chain} --selected {chain}/selected-topk-0.5.csv")
+    assert done.returncode == 0 and "selected-topk-0.5" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command,message", [
+    ("02_meta_rater.py --out nowhere-yet", "run 01_proxy.py"),
+    ("04_select.py --out nowhere-yet", "run 03_score.py"),
+    ("01_proxy.py --smoke --data nothing-here", "no such file or folder"),
+    ("01_proxy.py --smoke --size 17", "must divide")])
+def test_errors_are_one_line_with_the_cure(command, message, tmp_path):
+    done = run(command.replace("nowhere-yet", str(tmp_path / "x")) + (
+        "" if "--out" in command else f" --out {tmp_path}"))
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not PHOTOS.exists(), reason="the photographs are not part of the project")
+def test_chain_on_photographs(tmp_path):
+    flags = f"--smoke --out {tmp_path}"
+    data = f"--data {PHOTOS}/train-*.tar --val {PHOTOS}/val-00000.tar --size 32 --width 16 --depth 1"
+    done = run(f"01_proxy.py {data} {flags}")
+    assert done.returncode == 0, done.stderr
+    for command in ("02_meta_rater.py", "03_score.py"):
+        assert run(f"{command} {flags}").returncode == 0
+    rows = read(Path(tmp_path) / "ratings.csv")
+    assert len({row["key"] for row in rows}) == len(rows) == 4000
+    assert {"informative", "chaotic-caption"} <= {row["stratum"] for row in rows}
