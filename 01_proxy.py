@@ -11,7 +11,7 @@ on the training pairs, all weighted alike. Stage 2 starts two copies of it.
 Differs from the paper: the proxy is a diffusion transformer (DiT) in pixel space trained by
 rectified flow; the paper's is a 0.3 B scale-wise autoregressive model. Eq. 4 steps by AdamW.
 
-Writes   out/proxy.pt (weights at five points of the warm-up, settings), out/proxy.csv, out/proxy.png
+Writes   out/proxy.pt (weights at four points of the warm-up, settings), .csv, .png
 Run      python 01_proxy.py                                  toy pairs, half a minute on two cores
          python 01_proxy.py --data 'DIR/train-*.tar' --val CURATED --size 32 --width 96
          torchrun --nproc-per-node 2 01_proxy.py             same global batch, cut over processes
@@ -46,7 +46,7 @@ from torchvision.transforms import functional as image_ops
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
-VOCABULARY = 2048          # rows of the word table; a word's row is its CRC-32, so any language fits
+VOCABULARY = 2048          # rows of the word table, a word's row is its CRC-32: any language
 CAPTION_DROPOUT = 0.1      # share of captions blanked in training, for classifier-free guidance
 TOY_PAIRS = {"train": 4000, "val": 1000, "test": 1000}
 SMOKE_PAIRS = {"train": 256, "val": 64, "test": 64}
@@ -242,7 +242,8 @@ def draw_shapes(n, size, rng):
 def describe(what):
     """Captions of rows (colour, ground, shape), such as 'a red circle on a gray background'."""
     colours, grounds = list(COLOURS), list(GROUNDS)
-    return np.array([f"a {colours[a]} {SHAPES[s]} on a {grounds[b]} background" for a, b, s in what])
+    return np.array([f"a {colours[colour]} {SHAPES[shape]} on a {grounds[ground]} background"
+                     for colour, ground, shape in what])
 
 
 def draw_toy(n, size, seed, split, words=8):
@@ -407,8 +408,8 @@ def read_pairs(path, size, words):
     """
     places, skipped, kept = sorted(map(Path, glob.glob(str(path)))), defaultdict(list), {}
     if not places:
-        raise SystemExit(f"{path}: no such file or folder (--data and --val take tar shards such as "
-                         "'DIR/train-*.tar', a folder of them, or a folder of images; or toy)")
+        raise SystemExit(f"{path}: no such file or folder (--data and --val take tar shards, as in "
+                         "'DIR/train-*.tar', a folder of them, or a folder of images)")
     shards = [shard for place in places for shard in
               ([place] if place.suffix == ".tar" else sorted(place.glob("*.tar")))]
     indexes = [index_shard(shard, skipped) for shard in shards] or [

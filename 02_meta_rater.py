@@ -81,7 +81,7 @@ class Rater(nn.Module):
 
 
 def weigh(rater, x, c, group_size):
-    """Eq. 7: W_inst (B / G, G), which sums to 1 in each group of G pairs, and W_batch (B / G, 1)."""
+    """Eq. 7: W_inst (B / G, G), summing to 1 in every group of G pairs, and W_batch (B / G, 1)."""
     f = rater.features(x, c)                                                  # (B, D)
     W_inst = rater.logits(f).view(-1, group_size).softmax(1)                  # (B / G, G)   eq. 7
     return W_inst, rater.group_weight(f.view(-1, group_size, f.shape[-1]))
@@ -145,7 +145,7 @@ def meta_step(nets, opts, train, val, rng, args):
     descend((W * L_hat).sum(1).mean(), nets["ref"], opts["ref"])          # eq. 5 without g_val
     ess = 1 / W_inst.square().sum(1).mean() / args.group_size
     return torch.stack([L_val.mean(), L_hat.mean(), gap.mean(), gap.std(), ess, W_batch.mean(),
-                        W_inst.log().std(1).mean()]).detach()
+                        W_inst.clamp_min(1e-12).log().std(1).mean()]).detach()
 
 
 def exact_meta_gradient(proxy, train, val, W, beta, steps):

@@ -53,8 +53,9 @@ def group_rating(rater, f, pool, group_size, rng):
 
 def baselines(proxy, ref, x, c, rng):
     """loss (B,) and difference (B,), each the mean of DRAWS draws at the meta step's noise."""
-    drawn, sums = torch.empty(CHUNK, *x.shape[1:], device=x.device), torch.zeros_like(x[:, :2, 0, 0])
-    for _ in range(DRAWS):                                                    # sums (B, 2)
+    drawn = torch.empty(CHUNK, *x.shape[1:], device=x.device)
+    sums = torch.zeros(len(x), 2, device=x.device)
+    for _ in range(DRAWS):
         t = torch.randn(CHUNK, generator=rng, device=x.device) + rater_stage.T_SHIFT
         noise = t.sigmoid()[:len(x)], drawn.normal_(generator=rng)[:len(x)]   # same for both nets
         L_theta, L_hat = (proxy_stage.flow_loss(net, x, c, *noise) for net in (proxy, ref))
@@ -124,6 +125,8 @@ def report(strata, column, name):
 def print_bands(strata, percentile):
     """The composition of every percentile band, as a Markdown table."""
     names = [name for name in proxy_stage.STRATUM_COLOURS if name in set(strata)]
+    if not names:
+        return
     proxy_stage.print0("\n| percentile | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1)
                        + "|")
     for low in range(0, 100, 100 // BANDS):
@@ -154,8 +157,9 @@ def draw_histogram(path, rating, percentile, strata):
     groups = [(name, strata == name) for name in names] or [("all pairs", strata == strata)]
     colours = [proxy_stage.STRATUM_COLOURS.get(name, "black") for name, _ in groups]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
-    for axis, values, bins, label in ((left, rating, 60, "rating"),
-                                      (right, percentile, BANDS, "percentile (0 = highest rating)")):
+    for axis, values, bins, label in (
+            (left, rating, 60, "rating"),
+            (right, percentile, BANDS, "percentile (0 = highest rating)")):
         axis.hist([values[chosen] for _, chosen in groups], bins=bins, stacked=True, color=colours,
                   label=[name for name, _ in groups])
         axis.set(xlabel=label, ylabel="pairs")
@@ -231,10 +235,9 @@ def main(args):
 
     stem = Path(args.out) / f"ratings{rater_stage.suffix(args.signal)}"
     numbers = (instance, group, rating, percentile, loss, difference)
-    proxy_stage.write_csv(f"{stem}.csv", ["key", "instance", "group", "rating", "percentile", "loss",
-                                          "difference", "stratum"],
-                          zip(pairs.keys, *([f"{v:.6g}" for v in column] for column in numbers),
-                              strata))
+    columns = ["key", "instance", "group", "rating", "percentile", "loss", "difference", "stratum"]
+    proxy_stage.write_csv(f"{stem}.csv", columns, zip(
+        pairs.keys, *([f"{v:.6g}" for v in column] for column in numbers), strata))
     report(strata, rating, "rating")
     report(strata, -loss, "-loss, no rater")
     report(strata, -difference, "-difference, no rater")

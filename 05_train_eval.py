@@ -97,7 +97,8 @@ def list_arms(args, pairs):
         counts = {file: len(select_stage.read_column(file, 0, str)) for file in args.selected}
         return [Arm("full"), *(Arm(f"random {n}", keep=n) for n in sorted(set(counts.values()))),
                 *(Arm(Path(file).stem, file=file) for file in args.selected)]
-    found = [arm for arm in ARMS if not arm.ratings or (Path(args.out) / f"{arm.ratings}.csv").exists()]
+    found = [arm for arm in ARMS
+             if not arm.ratings or (Path(args.out) / f"{arm.ratings}.csv").exists()]
     for stem in sorted({arm.ratings for arm in ARMS} - {arm.ratings for arm in found}):
         proxy_stage.print0(f"{args.out}/{stem}.csv is missing: its arms are left out")
     return found
@@ -105,7 +106,7 @@ def list_arms(args, pairs):
 
 # ---- the judge: features and cosines ---------------------------------------------------------
 class Judge(nn.Module):
-    """Image -> features (B, 64); features and caption -> unit vectors (B, 32), compared by cosine."""
+    """Image -> features (B, 64) -> unit vector (B, 32); caption -> unit vector; cosine compares."""
 
     def __init__(self, size):
         super().__init__()
@@ -253,7 +254,7 @@ def show_interval(mean, half, sign=""):
 
 
 def verdict(difference, half, sign):
-    """wins, loses, or tie where the interval of a paired difference holds zero; one seed has none."""
+    """wins, loses, or tie where the interval of a paired difference holds zero; '' at one seed."""
     if math.isnan(half):
         return ""
     if abs(difference) <= half:
@@ -278,8 +279,9 @@ def tabulate(results, arms, floor):
     lines += ["", "Paired differences, arm minus baseline:", "",
               "| arm | baseline | " + " | ".join(METRICS) + " |", "|---" * (2 + len(METRICS)) + "|"]
     baselines = [arm.name for arm in arms if not arm.ratings and not arm.file]
-    compared = [(name, baseline) for name in values for baseline in baselines
-                if name not in baselines and values[baseline]["pairs"][0] >= values[name]["pairs"][0]]
+    compared = [(name, baseline) for name in values if name not in baselines
+                for baseline in baselines
+                if values[baseline]["pairs"][0] >= values[name]["pairs"][0]]
     for name, baseline in compared:
         cells = []
         for metric, sign in METRICS.items():

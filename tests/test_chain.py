@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from conftest import ROOT, run
 
@@ -69,6 +70,26 @@ def test_strata_decide_nothing(stage, chain, tmp_path, monkeypatch):
 def test_own_selections_as_arms(chain):
     done = run(f"05_train_eval.py --smoke --out {chain} --selected {chain}/selected-topk-0.5.csv")
     assert done.returncode == 0 and "selected-topk-0.5" in done.stdout, done.stderr
+
+
+def test_own_pictures_without_strata_or_validation(stage, tmp_path):
+    """A folder with a table goes through all five stages; 03 also rates pairs nobody trained on."""
+    pairs = stage(1).draw_toy(400, 16, 0, "val")
+    (tmp_path / "pictures").mkdir()
+    rows = ["file_name,caption"]
+    for key, image, caption in zip(pairs.keys, pairs.images, pairs.captions):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"pictures/{key}.png")
+        rows.append(f"{key}.png,{caption}")
+    (tmp_path / "pictures/metadata.csv").write_text("\n".join(rows))
+    out = f"--smoke --out {tmp_path}/out"
+    done = run(f"01_proxy.py --data {tmp_path}/pictures {out}")
+    assert done.returncode == 0 and "more of the same" in done.stdout, done.stderr
+    for command in ("02_meta_rater.py", "03_score.py", "04_select.py", "05_train_eval.py"):
+        done = run(f"{command} {out}")
+        assert done.returncode == 0, done.stderr
+    assert len(read(tmp_path / "out" / "ratings.csv")) == 360
+    assert run(f"03_score.py --data {tmp_path}/pictures {out}").returncode == 0
+    assert [row["key"] for row in read(tmp_path / "out" / "ratings.csv")] == pairs.keys
 
 
 @pytest.mark.parametrize("command,message", [
