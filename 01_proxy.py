@@ -390,23 +390,28 @@ def parse_json(text):
     return value if isinstance(value, dict) else {}
 
 
-def decode(data, size):
-    """Image bytes -> (3, size, size) uint8: RGB on white, upright, resized, centre crop."""
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+def open_image(data):
+    """Image bytes -> PIL image in RGB, on white, upright. Raises one of UNREADABLE."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if image.mode.startswith("I"):                        # 16 bit: keep the upper eight
         image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image_ops.resize(image.convert("RGB"), size, antialias=True)
+    return image.convert("RGB")
+
+
+def decode(data, size):
+    """Image bytes -> (3, size, size) uint8, resized and cut to the centre."""
+    image = image_ops.resize(open_image(data), size, antialias=True)
     return image_ops.pil_to_tensor(image_ops.center_crop(image, [size, size]))
 
 
-def read_pairs(path, size, words):
-    """Every usable pair in `path`: tars, or a folder of tars, of images with sidecars, or a table.
-
-    What cannot be used is skipped, counted by reason and named once; the rest keeps its order.
-    """
-    places, skipped, kept = sorted(map(Path, glob.glob(str(path)))), defaultdict(list), {}
+def find_records(path):
+    """Records of all images and captions in `path`, and what was skipped so far, by reason."""
+    places, skipped = sorted(map(Path, glob.glob(str(path)))), defaultdict(list)
     if not places:
         raise SystemExit(f"{path}: no such file or folder (--data and --val take tar shards, as in "
                          "'DIR/train-*.tar', a folder of them, or a folder of images)")
@@ -414,12 +419,25 @@ def read_pairs(path, size, words):
               ([place] if place.suffix == ".tar" else sorted(place.glob("*.tar")))]
     indexes = [index_shard(shard, skipped) for shard in shards] or [
         index_folder(place, skipped) for place in places]
-    for record in itertools.chain.from_iterable(indexes):
+    return list(itertools.chain.from_iterable(indexes)), skipped
+
+
+def print_skipped(path, skipped):
+    for reason, names in skipped.items():
+        print0(f"{path}: skipped {len(names)} ({reason}), first {names[0]}")
+
+
+def read_pairs(path, size, words):
+    """Every usable pair in `path`: tars, or a folder of tars, of images with sidecars, or a table.
+
+    What cannot be used is skipped, counted by reason and named once; the rest keeps its order.
+    """
+    (records, skipped), kept = find_records(path), {}
+    for record in records:
         reason = read_record(record, size, kept)
         if reason:
             skipped[reason].append(record["name"])
-    for reason, names in skipped.items():
-        print0(f"{path}: skipped {len(names)} ({reason}), first {names[0]}")
+    print_skipped(path, skipped)
     if not kept:
         raise SystemExit(f"{path}: no readable pair; see --help for the layouts")
     images, captions, strata = zip(*kept.values())
@@ -430,10 +448,14 @@ def read_pairs(path, size, words):
                  list(strata))
 
 
+def caption_of(record):
+    """The caption from the .txt, else from the JSON, '' where there is none."""
+    return record.get("txt", "").strip() or find_caption(parse_json(record.get("json", ""))).strip()
+
+
 def read_record(record, size, kept):
     """Add the record's pair to `kept`; where that fails, return the reason in a few words."""
-    notes = parse_json(record.get("json", ""))
-    caption = record.get("txt", "").strip() or find_caption(notes).strip()
+    caption, notes = caption_of(record), parse_json(record.get("json", ""))
     if "at" not in record:
         return "no image"
     if record["key"] in kept:
@@ -442,7 +464,7 @@ def read_record(record, size, kept):
         return "no caption"
     try:
         image = decode(read_member(*record["at"]), size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         return f"unreadable image: {type(error).__name__}"
     kept[record["key"]] = image, caption, str(notes.get("stratum", ""))
     return None

@@ -13,19 +13,31 @@ random selections. Measured on clean pairs that no other stage has used:
 
 Features and cosines come from a small contrastive image-text network that this script trains on
 the validation pairs, on noised and blurred copies too: its distance is not FID and its score not
-OpenAI's CLIP score. Full data and a random selection are always among the arms.
+OpenAI's CLIP score. --metrics standard uses the public networks of both instead, and --evaluate
+does so for images that already exist. Full data and a random selection are always among the arms.
 
 Reads    out/proxy.pt, out/ratings.csv, out/ratings-loss.csv, or --selected CSV files of stage 4
 Writes   out/results.csv (a row per arm and seed), out/results.md, out/results.png,
          out/samples.png (all arms under the same captions and noise)
 Run      python 05_train_eval.py                          five minutes on two cores
          python 05_train_eval.py --selected out/selected-topk-0.5.csv --seeds 1
+         python 05_train_eval.py --evaluate DRAWN --reference REAL       FID and CLIP score alone
          torchrun --nproc-per-node 2 05_train_eval.py
 """
-import csv
+import functools
+import gzip
+import hashlib
+import html
 import importlib
+import io
 import math
+import pickle
+import re
+import sys
 import time
+import unicodedata
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +46,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
-from torchvision.transforms.functional import gaussian_blur
+from torchvision.models import inception_v3
+from torchvision.transforms import InterpolationMode, functional as image_ops
 
 proxy_stage = importlib.import_module("01_proxy")
 score_stage = importlib.import_module("03_score")
@@ -108,8 +121,9 @@ def list_arms(args, pairs):
 class Judge(nn.Module):
     """Image -> features (B, 64) -> unit vector (B, 32); caption -> unit vector; cosine compares."""
 
-    def __init__(self, size):
+    def __init__(self, size, words):
         super().__init__()
+        self.words = words
         widths = [3] + [32 * 2 ** k for k in range(int(math.log2(size // 4)) + 1)]
         convolutions = [layer for a, b in zip(widths[:-1], widths[1:]) for layer in
                         (nn.Conv2d(a, b, 3, stride=1 if a == 3 else 2, padding=1), nn.GELU())]
@@ -125,9 +139,14 @@ class Judge(nn.Module):
         f = self.image(x)
         return f, F.normalize(self.image_head(f), dim=1)
 
-    def embed_captions(self, c):
-        """Unit vectors (B, 32) of captions (B, T)."""
+    def embed_tokens(self, c):
+        """Unit vectors (B, 32) of captions as tokens (B, T)."""
         return F.normalize(self.text(self.word(c).sum(1)), dim=1)
+
+    def embed_captions(self, captions):
+        """Unit vectors (B, 32) of a list of captions."""
+        tokens = proxy_stage.tokenize(captions, self.words)
+        return self.embed_tokens(tokens.to(self.scale.device))
 
 
 def degrade(x, rng):
@@ -135,20 +154,20 @@ def degrade(x, rng):
     kind = torch.randint(3, (len(x), 1, 1, 1), generator=rng, device=x.device)
     amount = 0.6 * torch.rand(kind.shape, generator=rng, device=x.device)
     noised = x + amount * torch.randn(x.shape, generator=rng, device=x.device)
-    return torch.where(kind == 0, x, torch.where(kind == 1, noised, gaussian_blur(x, 5, 1.0)))
+    return torch.where(kind == 0, x, torch.where(kind == 1, noised, image_ops.gaussian_blur(x, 5, 1.0)))
 
 
 def train_judge(pairs, steps, seed, batch_size=128):
     """Contrastive training; pairs of the batch that share a caption are all right answers."""
     device, batch_size = pairs.images.device, min(batch_size, len(pairs))
-    judge = Judge(pairs.images.shape[-1]).to(device)
+    judge = Judge(pairs.images.shape[-1], pairs.tokens.shape[1]).to(device)
     opt = proxy_stage.adamw(judge, 2e-3)
     for k in range(steps):
         opt.param_groups[0]["lr"] = 2e-3 * (1 - k / steps)
         rng = proxy_stage.seeded(device, seed, "judge", k)
         x, c = pairs.batch(proxy_stage.batch_rows(len(pairs), batch_size, k, seed))
         same = (c[:, None] == c[None]).all(2).float()                         # (B, B)
-        cosines = judge.embed_images(degrade(x, rng))[1] @ judge.embed_captions(c).T  # (B, B)
+        cosines = judge.embed_images(degrade(x, rng))[1] @ judge.embed_tokens(c).T  # (B, B)
         logits, right = judge.scale.exp() * cosines, same / same.sum(1, keepdim=True)
         loss = F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)
         opt.zero_grad(set_to_none=True)
@@ -177,10 +196,11 @@ def frechet_distance(mu1, S1, mu2, S2):
     return float(((mu1 - mu2) ** 2).sum() + np.trace(S1) + np.trace(S2) - 2 * trace)
 
 
-def judge_images(judge, images, c, reference):
-    """distance, score and match of images (B, 3, H, W) under captions c (B, T)."""
+def judge_images(judge, images, captions, reference):
+    """distance, score and match of images (B, 3, H, W) under a list of B captions."""
     f, image = judge.embed_images(images)
-    distinct, own = c.unique(dim=0, return_inverse=True)                      # (M, T), (B,)
+    distinct = sorted(set(captions))                                          # M captions
+    own = torch.tensor([distinct.index(caption) for caption in captions], device=images.device)
     cosines = image @ judge.embed_captions(distinct).T                        # (B, M)
     return {"distance": frechet_distance(*moments(f), *reference),
             "score": 100 * cosines.gather(1, own[:, None]).mean().item(),
@@ -199,7 +219,7 @@ def evaluate(net, test, judge, reference, seed):
     images = torch.cat([proxy_stage.sample(net, *part) for part in zip(
         proxy_stage.mine(c).split(128), proxy_stage.mine(eps).split(128))])
     images = proxy_stage.gather(images)
-    return {"held-out": held_out, **judge_images(judge, images, c, reference)}, images
+    return {"held-out": held_out, **judge_images(judge, images, test.captions[:n], reference)}, images
 
 
 # ---- one arm, all arms -----------------------------------------------------------------------
@@ -333,6 +353,389 @@ def draw_samples(path, samples, test):
     proxy_stage.save_figure(figure, path)
 
 
+# ---- standard metrics: FID's Inception-v3 and OpenAI's CLIP, exact to the public tools ---------
+WEIGHTS = {                # what: (address, SHA-256, the option that takes a local file instead)
+    "inception": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                  "pt_inception-2015-12-05-6726825d.pth",
+                  "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
+    "clip": ("https://openaipublic.azureedge.net/clip/models/40d365715913c9da98579312b702a82c18be21"
+             "9cc2a73407c4526f58eba950af/ViT-B-32.pt",
+             "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "clip_vocab": ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+                   "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")}
+
+
+def find_weights(what, path):
+    """The file given, or the public one, fetched once into torch's cache and checked whole."""
+    if path:
+        if not Path(path).is_file():
+            raise SystemExit(f"--{what.replace('_', '-')} {path}: no such file")
+        return Path(path)
+    address, digest = WEIGHTS[what]
+    file = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(address, str(file), hash_prefix=digest)
+        except (OSError, RuntimeError) as error:
+            raise SystemExit(f"{address} could not be fetched ({error}): get the file elsewhere "
+                             f"and name it with --{what.replace('_', '-')}")
+    with open(file, "rb") as data:
+        if hashlib.file_digest(data, "sha256").hexdigest() != digest:
+            raise SystemExit(f"{file} is not the public file (SHA-256 differs): delete it")
+    return file
+
+
+def repool(block, pool):
+    """Let a block's pool branch see pool(x) where torchvision averages over padding zeros too."""
+    held = []
+    block.register_forward_pre_hook(lambda _, inputs: held.append(inputs[0]))
+    block.branch_pool.register_forward_pre_hook(lambda _, inputs: (pool(held.pop()),))
+
+
+def build_inception():
+    """torchvision's Inception-v3 with the pooling of the FID network of 2015, up to 2048 features.
+
+    Eight average pools do not count padding, and the last block has a max pool (pytorch-fid).
+    """
+    net = inception_v3(weights=None, num_classes=1008, aux_logits=False, transform_input=False,
+                       init_weights=False)
+    average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1,
+                                count_include_pad=False)
+    for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
+        repool(getattr(net, f"Mixed_{name}"), average)
+    repool(net.Mixed_7c, functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))
+    return net.eval().requires_grad_(False)
+
+
+def load_strictly(net, state, path):
+    """Load weights of which none may be missing, left over or of another shape."""
+    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    counters = {name: value for name, value in net.state_dict().items()
+                if name.endswith("num_batches_tracked")}
+    try:
+        net.load_state_dict({**counters, **state})
+    except RuntimeError as error:
+        raise SystemExit(f"{path} holds other weights: {str(error).splitlines()[1].strip()[:200]}")
+    return net
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class ClipBlock(nn.Module):
+    """Pre-norm transformer block with the names of OpenAI's state dict."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(),
+                                             c_proj=nn.Linear(4 * width, width)))
+
+    def forward(self, h, mask=None):                                          # (B, S, D)
+        n = self.ln_1(h)
+        h = h + self.attn(n, n, n, need_weights=False, attn_mask=mask)[0]
+        return h + self.mlp(self.ln_2(h))
+
+
+def clip_tower(width, depth):
+    """`depth` blocks under the name transformer.resblocks; 64 numbers a head."""
+    blocks = nn.ModuleList(ClipBlock(width, max(1, width // 64)) for _ in range(depth))
+    return nn.ModuleDict({"resblocks": blocks})
+
+
+class ClipImages(nn.Module):
+    """Vision transformer: pixels (B, 3, 224, 224), normalised -> (B, embedding)."""
+
+    def __init__(self, width, depth, patch, tokens, embedding):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.positional_embedding = nn.Parameter(torch.zeros(tokens, width))
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.transformer = clip_tower(width, depth)
+        self.proj = nn.Parameter(torch.zeros(width, embedding))
+
+    def forward(self, x):
+        h = self.conv1(x).flatten(2).transpose(1, 2)                          # (B, P, D)
+        h = torch.cat([self.class_embedding.expand(len(h), 1, -1), h], 1)
+        h = self.ln_pre(h + self.positional_embedding)                        # (B, 1 + P, D)
+        for block in self.transformer["resblocks"]:
+            h = block(h)
+        return self.ln_post(h[:, 0]) @ self.proj                              # (B, embedding)
+
+
+class Clip(nn.Module):
+    """OpenAI's CLIP with a vision transformer; all sizes are read off the state dict."""
+
+    def __init__(self, state):
+        super().__init__()
+        shape = {name: tuple(value.shape) for name, value in state.items()}
+        depths = [1 + max(int(name.removeprefix(part).split(".")[0]) for name in shape
+                          if name.startswith(part))
+                  for part in ("visual.transformer.resblocks.", "transformer.resblocks.")]
+        width, _, patch, _ = shape["visual.conv1.weight"]
+        self.visual = ClipImages(width, depths[0], patch, shape["visual.positional_embedding"][0],
+                                 shape["visual.proj"][1])
+        self.token_embedding = nn.Embedding(*shape["token_embedding.weight"])
+        self.positional_embedding = nn.Parameter(torch.zeros(shape["positional_embedding"]))
+        self.transformer = clip_tower(shape["positional_embedding"][1], depths[1])
+        self.ln_final = nn.LayerNorm(shape["positional_embedding"][1])
+        self.text_projection = nn.Parameter(torch.zeros(shape["text_projection"]))
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+
+    def encode_text(self, ids):
+        """Token ids (B, 77) -> (B, embedding), read at the end-of-text token, the largest id."""
+        h = self.token_embedding(ids) + self.positional_embedding             # (B, 77, D)
+        mask = torch.ones(2 * ids.shape[1:], dtype=torch.bool, device=ids.device).triu(1)
+        for block in self.transformer["resblocks"]:
+            h = block(h, mask)
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.ln_final(h)[rows, ids.argmax(1)] @ self.text_projection
+
+
+class Inert:
+    """Stands for a TorchScript module in an archive: keeps attributes, runs nothing."""
+
+
+def read_archive(path):
+    """State dict of a TorchScript archive such as ViT-B-32.pt, without running any code in it.
+
+    Only the module tree in data.pkl is read. Its tensors are cut out of the stored bytes; every
+    name but the three that a tree of tensors needs becomes an inert object or is refused.
+    """
+    archive = zipfile.ZipFile(path)
+    root = next(name for name in archive.namelist() if name.endswith("/data.pkl"))[:-len("data.pkl")]
+    dtypes = {"FloatStorage": torch.float32, "HalfStorage": torch.float16,
+              "LongStorage": torch.int64, "DoubleStorage": torch.float64}
+
+    def rebuild(storage, offset, size, stride, *_):
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+        if min(offset, *size, *stride, 0) < 0 or last >= len(storage):
+            raise pickle.UnpicklingError("a tensor reaches beyond its bytes")
+        return storage.as_strided(size, stride, offset)
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module == "torch" and name in dtypes:
+                return dtypes[name]
+            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+                return rebuild
+            if (module, name) == ("collections", "OrderedDict"):
+                return OrderedDict
+            if module.startswith("__torch__"):
+                return type("Inert", (Inert,), {})
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+        def persistent_load(self, tag):
+            _, dtype, key, _, count = tag
+            values = torch.frombuffer(bytearray(archive.read(f"{root}data/{key}")), dtype=dtype)
+            if len(values) < count:
+                raise pickle.UnpicklingError(f"the bytes of data/{key} are cut short")
+            return values
+
+    def walk(node, prefix):
+        for name, value in vars(node).items():
+            if isinstance(value, torch.Tensor):
+                yield prefix + name, value
+            elif isinstance(value, Inert):
+                yield from walk(value, f"{prefix}{name}.")
+    return dict(walk(Reader(io.BytesIO(archive.read(f"{root}data.pkl"))).load(), ""))
+
+
+def load_state(path):
+    """A state dict from a plain file of tensors, or from a TorchScript archive."""
+    try:
+        if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl")
+                                            for name in zipfile.ZipFile(path).namelist()):
+            return read_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise SystemExit(f"{path} is no file of weights ({type(error).__name__}: "
+                         f"{str(error).splitlines()[0][:120]})")
+
+
+@functools.cache
+def character_class(kind):
+    """The code points of Unicode category `kind` (L, N), as ranges for a regular expression."""
+    member = [unicodedata.category(chr(k)).startswith(kind) for k in range(sys.maxunicode + 1)]
+    edges = np.flatnonzero(np.diff([0, *member, 0]))
+    return "".join(f"{re.escape(chr(a))}-{re.escape(chr(b - 1))}" for a, b in edges.reshape(-1, 2))
+
+
+class ClipTokenizer:
+    """CLIP's byte-pair encoding: captions -> ids (B, 77), start and end of text included.
+
+    Without ftfy: Unicode is composed and curly quotes straightened, broken encodings stay broken.
+    """
+
+    def __init__(self, path):
+        data = Path(path).read_bytes()
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+        merges = [tuple(line.split()) for line in text.split("\n")[1:48895] if line]
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        rest = [byte for byte in range(256) if byte not in plain]
+        symbols = [chr(byte) for byte in plain] + [chr(256 + k) for k in range(len(rest))]
+        self.symbol = dict(zip(plain + rest, symbols))
+        names = symbols + [f"{s}</w>" for s in symbols] + ["".join(merge) for merge in merges]
+        self.ids = {name: k for k, name in enumerate(names)}
+        self.order = {merge: k for k, merge in enumerate(merges)}
+        letters, numbers = character_class("L"), character_class("N")
+        self.words = re.compile(f"'s|'t|'re|'ve|'m|'ll|'d|[{letters}]+|[{numbers}]|"
+                                f"[^\\s{letters}{numbers}]+", re.IGNORECASE)
+
+    def merge(self, word):
+        """Ids of one word: the earliest learnt merge first, until none is left."""
+        parts = [self.symbol[byte] for byte in word.encode("utf-8")]
+        parts[-1] += "</w>"
+        while pairs := [pair for pair in zip(parts, parts[1:]) if pair in self.order]:
+            first, second = min(pairs, key=self.order.get)
+            joined, k = [], 0
+            while k < len(parts):
+                hit = parts[k:k + 2] == [first, second]
+                joined.append(first + second if hit else parts[k])
+                k += 1 + hit
+            parts = joined
+        return [self.ids[part] for part in parts]
+
+    def encode(self, caption):
+        """Ids of a caption, without start and end."""
+        text = caption.translate(str.maketrans("\u2018\u2019\u201c\u201d", "''\"\""))
+        text = html.unescape(html.unescape(unicodedata.normalize("NFC", text)))
+        text = re.sub(r"<\|(startoftext|endoftext)\|>", " ", " ".join(text.split()).lower())
+        return [number for word in self.words.findall(text) for number in self.merge(word)]
+
+    def __call__(self, captions, length=77):
+        table = torch.zeros(len(captions), length, dtype=torch.int64)
+        for row, caption in zip(table, captions):
+            ids = self.encode(caption)[:length - 2]
+            row[:len(ids) + 2] = torch.tensor([len(self.ids), *ids, len(self.ids) + 1])
+        return table
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class StandardJudge:
+    """The interface of `Judge`, with the networks of FID and of the CLIP score."""
+
+    def __init__(self, args, device):
+        torch.backends.cudnn.allow_tf32 = False            # else features differ between GPUs
+        paths = {what: find_weights(what, getattr(args, what)) for what in WEIGHTS}
+        self.inception = load_strictly(build_inception(), load_state(paths["inception"]),
+                                       paths["inception"]).to(device)
+        self.inception.fc = nn.Identity()                  # the 2048 features before the classes
+        state = {name: value.float() for name, value in load_state(paths["clip"]).items()
+                 if name not in ("input_resolution", "context_length", "vocab_size")}
+        if "visual.conv1.weight" not in state:
+            raise SystemExit(f"{paths['clip']} is not a CLIP with a vision transformer")
+        self.clip = load_strictly(Clip(state), state, paths["clip"]).to(device).eval()
+        self.tokenize = ClipTokenizer(paths["clip_vocab"])
+        side, patch = self.clip.visual.positional_embedding, self.clip.visual.conv1.kernel_size[0]
+        self.size, self.device = math.isqrt(len(side) - 1) * patch, device
+        print0 = proxy_stage.print0
+        print0(f"CLIP ViT, width {side.shape[1]}, patch {patch}, {self.size} px: score = 100 cos "
+               "(other tools print 2.5 max(cos, 0)); FID with the Inception-v3 of 2015")
+
+    @torch.no_grad()
+    def embed_pixels(self, images):
+        """Features (B, 2048) and unit vectors (B, E) of images, a list of (3, H, W) uint8."""
+        large = [F.interpolate(image[None].to(self.device) / 255, (299, 299), mode="bilinear",
+                               align_corners=False) for image in images]
+        crops = [image_ops.center_crop(image_ops.resize(
+            image_ops.to_pil_image(image.cpu()), self.size, InterpolationMode.BICUBIC), self.size)
+            for image in images]
+        crops = torch.stack([image_ops.normalize(image_ops.to_tensor(crop), CLIP_MEAN, CLIP_STD)
+                             for crop in crops]).to(self.device)
+        f = self.inception(2 * torch.cat(large) - 1)
+        if not f.isfinite().all():
+            raise SystemExit("the features are not finite: look at the images")
+        return f, F.normalize(self.clip.visual(crops), dim=1)
+
+    def embed_images(self, x):
+        """The same for images (B, 3, H, W) in [-1, 1], rounded as a saved file would be."""
+        pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        parts = [self.embed_pixels(list(part)) for part in pixels.split(50)]
+        return torch.cat([f for f, _ in parts]), torch.cat([unit for _, unit in parts])
+
+    @torch.no_grad()
+    def embed_captions(self, captions):
+        """Unit vectors (B, E) of a list of captions."""
+        ids = self.tokenize(captions).to(self.device)
+        return F.normalize(torch.cat([self.clip.encode_text(part) for part in ids.split(256)]),
+                           dim=1)
+
+
+# ---- the evaluation as a tool: folders and shards, nothing is trained ---------------------------
+class Moments:
+    """Mean and covariance of features in one pass, float64, over all processes."""
+
+    def __init__(self, width):
+        self.sums = torch.zeros(width + 1, width + 1, dtype=torch.float64)    # of [1 f]^T [1 f]
+
+    def add(self, f):                                                         # (B, d)
+        f = F.pad(f.double().cpu(), (1, 0), value=1)
+        self.sums += f.T @ f
+
+    def finish(self):
+        """Count, mean (d,) and covariance (d, d) with N - 1."""
+        sums = proxy_stage.add_up(self.sums.clone()).numpy()
+        n, mu = sums[0, 0], sums[0, 1:] / sums[0, 0]
+        if n < 2:
+            raise SystemExit(f"{n:.0f} image(s): a covariance needs at least two")
+        return int(n), mu, (sums[1:, 1:] - n * np.outer(mu, mu)) / (n - 1)
+
+
+def measure_images(judge, path, batch_size=50):
+    """Moments of all images in `path`, and the cosines of those that have a caption."""
+    records, skipped = proxy_stage.find_records(path)
+    records = [record for record in records if "at" in record]
+    found, cosines, batch = Moments(2048), [], []
+    for k in range(proxy_stage.rank(), len(records) + 1, proxy_stage.world()):
+        if k < len(records):
+            try:
+                image = proxy_stage.open_image(proxy_stage.read_member(*records[k]["at"]))
+                batch.append((image_ops.pil_to_tensor(image), proxy_stage.caption_of(records[k])))
+            except proxy_stage.UNREADABLE as error:
+                skipped[f"unreadable image: {type(error).__name__}"].append(records[k]["name"])
+        if batch and (len(batch) == batch_size or k + proxy_stage.world() > len(records)):
+            f, unit = judge.embed_pixels([image for image, _ in batch])
+            found.add(f)
+            named = [row for row, (_, caption) in enumerate(batch) if caption]
+            if named:
+                text = judge.embed_captions([batch[row][1] for row in named])
+                cosines += (unit[named] * text).sum(1).tolist()
+            batch = []
+    proxy_stage.print_skipped(path, skipped)
+    sums = torch.tensor([len(cosines), sum(cosines), np.square(cosines).sum()]).double()
+    return found.finish(), proxy_stage.add_up(sums).tolist()
+
+
+def evaluate_files(args, device):
+    """FID of --evaluate against --reference, and the CLIP score of the captioned images."""
+    judge = StandardJudge(args, device)
+    (n, mu, S), (captioned, total, squares) = measure_images(judge, args.evaluate)
+    if args.save_statistics and proxy_stage.rank() == 0:
+        np.savez(args.save_statistics, mu=mu, sigma=S, count=n)
+    if args.reference:
+        if args.reference.endswith(".npz"):
+            saved = np.load(args.reference, allow_pickle=False)
+            reference = saved["mu"], saved["sigma"]
+        else:
+            (count, *reference), _ = measure_images(judge, args.reference)
+        fid = frechet_distance(mu, S, *reference)
+        few = " (fewer images than 2049: the bias of a small sample outweighs most differences)"
+        proxy_stage.print0(f"FID {fid:.4f} of {n} images{few if n < 2049 else ''}")
+    if captioned:
+        mean = total / captioned
+        error = (max(squares / captioned - mean ** 2, 0) / captioned) ** 0.5
+        proxy_stage.print0(f"CLIP score {100 * mean:.3f} +- {100 * error:.3f} (standard error) "
+                           f"of {captioned:.0f} captioned images")
+
+
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = proxy_stage.options(
@@ -340,6 +743,13 @@ def parse_args(argv=None):
         seeds=(3, "paired repetitions"), lr=(5e-3, "of the downstream model"),
         judge_steps=(500, "of the network behind distance, score and match"))
     parser.add_argument("--selected", nargs="+", default=[], help="CSV files of stage 4 as arms")
+    parser.add_argument("--metrics", choices=["mini", "standard"], default="mini",
+                        help="own small network, or FID's Inception and OpenAI's CLIP")
+    for what in ("inception", "clip", "clip-vocab"):
+        parser.add_argument(f"--{what}", help=f"local {what} file of the standard metrics")
+    parser.add_argument("--evaluate", help="only measure these images, in any layout of --data")
+    parser.add_argument("--reference", help="real images, or .npz statistics, for their FID")
+    parser.add_argument("--save-statistics", help=".npz for mu and sigma of --evaluate")
     args = parser.parse_args(argv)
     if args.smoke:
         args.epochs, args.seeds, args.judge_steps, args.batch_size = 1, 2, 20, 16
@@ -348,16 +758,19 @@ def parse_args(argv=None):
 
 def main(args):
     device = proxy_stage.start(args)
+    if args.evaluate:
+        return evaluate_files(args, device)
     settings, _ = proxy_stage.load_proxy(args.out)
     pairs, val, test = proxy_stage.load_data(settings, device)
     arms, out = list_arms(args, pairs), Path(args.out)
-    judge = train_judge(val, args.judge_steps, args.seed)
-    x, c = test.batch(np.arange(min(DRAWN, len(test))))
+    judge = (StandardJudge(args, device) if args.metrics == "standard"
+             else train_judge(val, args.judge_steps, args.seed))
+    (x, _), (other, _) = (split.batch(np.arange(min(DRAWN, len(split)))) for split in (test, val))
     reference = moments(judge.embed_images(x)[0])
-    other = val.batch(np.arange(min(DRAWN, len(val))))
-    real, again = judge_images(judge, x, c, reference), judge_images(judge, *other, reference)
+    real = judge_images(judge, x, test.captions[:len(x)], reference)
+    again = judge_images(judge, other, val.captions[:len(other)], reference)
     floor = (f"real images: score {real['score']:.1f}, match {real['match']:.0f} %, and "
-             f"{len(other[0])} real images of the validation split are at distance "
+             f"{len(other)} real images of the validation split are at distance "
              f"{again['distance']:.3f}")
     proxy_stage.print0(floor)
     results, samples = run_all(arms, args, settings, pairs, test, judge, reference)

@@ -24,11 +24,12 @@ def test_frechet_distance_closed_forms(stage):
 def test_judge_learns_clean_pairs_and_sees_wrong_captions_and_noise(stage):
     val, test = (stage(1).draw_toy(600, 16, 5, split) for split in ("val", "test"))
     judge = stage(5).train_judge(val, 200, seed=0)
-    x, c = test.batch(range(256))
+    x, captions = test.batch(range(256))[0], test.captions[:256]
     reference = stage(5).moments(judge.embed_images(x)[0])
-    real = stage(5).judge_images(judge, x, c, reference)
-    swapped = stage(5).judge_images(judge, x, c.roll(7, 0), reference)
-    noisy = stage(5).judge_images(judge, (x + 0.4 * torch.randn(x.shape)).clamp(-1, 1), c,
+    real = stage(5).judge_images(judge, x, captions, reference)
+    swapped = stage(5).judge_images(judge, x, captions[7:] + captions[:7],
+                                    reference)
+    noisy = stage(5).judge_images(judge, (x + 0.4 * torch.randn(x.shape)).clamp(-1, 1), captions,
                                   reference)
     assert real["match"] > 80 and real["distance"] == pytest.approx(0, abs=1e-4)
     assert swapped["match"] < 20 and swapped["score"] < real["score"] - 20

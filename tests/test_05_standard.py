@@ -1,0 +1,282 @@
+"""Stage 5, the standard metrics: against references written apart from them, on random weights."""
+import io
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+
+def calibrate(net, seed=0):
+    """Random weights with features of useful size (the default ones are about 1e-8)."""
+    rng = torch.Generator().manual_seed(seed)
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            fan = module.weight[0].numel()
+            module.weight.data = torch.randn(module.weight.shape, generator=rng) * (2 / fan) ** 0.5
+        if isinstance(module, nn.BatchNorm2d):
+            for p in (module.weight, module.bias):
+                p.data = torch.rand(p.shape, generator=rng) / 2 + 0.5
+            module.momentum = None
+    net.train()
+    with torch.no_grad():
+        net(make_images(6, 299, rng).float() / 127.5 - 1)
+    return net.eval()
+
+
+def make_images(n, size, rng):
+    """Noise and smooth waves, uint8 (n, 3, size, size)."""
+    waves = F.interpolate(torch.rand(n, 3, 5, 5, generator=rng), (size, size), mode="bicubic")
+    noise = torch.rand(n, 3, size, size, generator=rng)
+    return ((0.6 * waves + 0.4 * noise).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def fid_features(net, x, patched=True):
+    """The FID network written out: every pool of the nine blocks as pytorch-fid defines it."""
+    def average(h):
+        if patched:
+            ones = F.avg_pool2d(torch.ones_like(h[:1, :1]), 3, 1, 1)
+            return F.avg_pool2d(h, 3, 1, 1) / ones           # a mean over what is not padding
+        return F.avg_pool2d(h, 3, 1, 1)
+
+    def block_a(b, h):
+        double = b.branch3x3dbl_3(b.branch3x3dbl_2(b.branch3x3dbl_1(h)))
+        five = b.branch5x5_2(b.branch5x5_1(h))
+        return torch.cat([b.branch1x1(h), five, double, b.branch_pool.conv_bn(average(h))], 1)
+
+    def block_c(b, h):
+        seven, double = b.branch7x7_3(b.branch7x7_2(b.branch7x7_1(h))), h
+        for k in range(1, 6):
+            double = getattr(b, f"branch7x7dbl_{k}")(double)
+        return torch.cat([b.branch1x1(h), seven, double, b.branch_pool.conv_bn(average(h))], 1)
+
+    def block_e(b, h, pool):
+        three = b.branch3x3_1(h)
+        double = b.branch3x3dbl_2(b.branch3x3dbl_1(h))
+        return torch.cat([b.branch1x1(h), b.branch3x3_2a(three), b.branch3x3_2b(three),
+                          b.branch3x3dbl_3a(double), b.branch3x3dbl_3b(double),
+                          b.branch_pool.conv_bn(pool(h))], 1)
+
+    for module in net.modules():                             # around the hooks under test
+        if type(module).__name__ == "BasicConv2d":
+            module.conv_bn = lambda h, m=module: F.relu(m.bn(m.conv(h)))
+    h = net.Conv2d_2b_3x3(net.Conv2d_2a_3x3(net.Conv2d_1a_3x3(x)))
+    h = net.Conv2d_4a_3x3(net.Conv2d_3b_1x1(F.max_pool2d(h, 3, 2)))
+    h = F.max_pool2d(h, 3, 2)
+    for name in ("5b", "5c", "5d"):
+        h = block_a(getattr(net, f"Mixed_{name}"), h)
+    h = net.Mixed_6a(h)
+    for name in ("6b", "6c", "6d", "6e"):
+        h = block_c(getattr(net, f"Mixed_{name}"), h)
+    h = block_e(net.Mixed_7b, net.Mixed_7a(h), average)
+    last = (lambda v: F.max_pool2d(v, 3, 1, 1)) if patched else average
+    return block_e(net.Mixed_7c, h, last).mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def inception(stage):
+    return calibrate(stage(5).build_inception())
+
+
+def test_inception_is_the_fid_network(stage, inception):
+    assert len(inception.state_dict()) == 566 and inception.fc.weight.shape == (1008, 2048)
+    x = make_images(3, 299, torch.Generator().manual_seed(1)).float() / 127.5 - 1
+    with torch.no_grad():
+        expected, unpatched = fid_features(inception, x), fid_features(inception, x, False)
+        inception.fc = nn.Identity()
+        f = inception(x)
+    spread = expected.std(0).mean()
+    assert (f - expected).abs().max() / spread < 1e-3
+    assert (f - unpatched).abs().max() / spread > 1e-2          # a missing patch would be seen
+
+
+def make_clip_state(width=64, text=64, depth=2, patch=8, size=32, words=600, embedding=16):
+    """A random state dict in OpenAI's names; every bias and norm is off its default."""
+    rng = torch.Generator().manual_seed(3)
+
+    def block(prefix, d):
+        return {f"{prefix}.{name}": shape for name, shape in {
+            "ln_1.weight": (d,), "ln_1.bias": (d,), "ln_2.weight": (d,), "ln_2.bias": (d,),
+            "attn.in_proj_weight": (3 * d, d), "attn.in_proj_bias": (3 * d,),
+            "attn.out_proj.weight": (d, d), "attn.out_proj.bias": (d,),
+            "mlp.c_fc.weight": (4 * d, d), "mlp.c_fc.bias": (4 * d,),
+            "mlp.c_proj.weight": (d, 4 * d), "mlp.c_proj.bias": (d,)}.items()}
+    shapes = {"visual.conv1.weight": (width, 3, patch, patch), "visual.class_embedding": (width,),
+              "visual.positional_embedding": (1 + (size // patch) ** 2, width),
+              "visual.proj": (width, embedding), "token_embedding.weight": (words, text),
+              "positional_embedding": (77, text), "text_projection": (text, embedding),
+              "logit_scale": ()}
+    for name, d in (("visual.ln_pre", width), ("visual.ln_post", width), ("ln_final", text)):
+        shapes |= {f"{name}.weight": (d,), f"{name}.bias": (d,)}
+    for k in range(depth):
+        shapes |= block(f"visual.transformer.resblocks.{k}", width)
+        shapes |= block(f"transformer.resblocks.{k}", text)
+    return {name: torch.randn(shape, generator=rng) * (0.5 if len(shape) < 2 else 0.2)
+            for name, shape in shapes.items()}
+
+
+def clip_block(state, prefix, h, mask):
+    """One block by plain matrix products, a head at a time."""
+    def norm(v, name):
+        v = (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return v * state[f"{prefix}.{name}.weight"] + state[f"{prefix}.{name}.bias"]
+
+    def linear(v, name, joint="."):
+        return v @ state[f"{prefix}.{name}{joint}weight"].T + state[f"{prefix}.{name}{joint}bias"]
+    q, k, v = linear(norm(h, "ln_1"), "attn.in_proj", "_").chunk(3, -1)
+    heads = [torch.softmax(a @ b.transpose(1, 2) / 8 + mask, -1) @ c for a, b, c in
+             zip(q.split(64, -1), k.split(64, -1), v.split(64, -1))]
+    h = h + linear(torch.cat(heads, -1), "attn.out_proj")
+    hidden = linear(norm(h, "ln_2"), "mlp.c_fc")
+    return h + linear(hidden / (1 + torch.exp(-1.702 * hidden)), "mlp.c_proj")
+
+
+def test_clip_towers(stage):
+    state = {name: value.double() for name, value in make_clip_state(128, 64).items()}
+    net = stage(5).load_strictly(stage(5).Clip(state).double(), state, "clip").eval()
+    ids = torch.randint(1, 500, (3, 77), generator=torch.Generator().manual_seed(1))
+    ids[:, 20] = 599                                             # end of text
+    h = state["token_embedding.weight"][ids] + state["positional_embedding"]
+    mask = torch.triu(torch.full((77, 77), -torch.inf), 1).double()
+    for k in range(2):
+        h = clip_block(state, f"transformer.resblocks.{k}", h, mask)
+    h = F.layer_norm(h, (64,), state["ln_final.weight"], state["ln_final.bias"])
+    expected = h[:, 20] @ state["text_projection"]
+    with torch.no_grad():
+        text = net.encode_text(ids)
+        changed = ids.clone()
+        changed[:, 40:] = 7                                      # after the end nothing matters
+        assert torch.allclose(net.encode_text(changed), text)
+    assert torch.allclose(text, expected, atol=1e-9)
+
+    x = torch.randn(2, 3, 32, 32).double()
+    v = {name.removeprefix("visual."): value for name, value in state.items()}
+    weight = state["visual.conv1.weight"]
+    patches = x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(2, 16, -1)
+    h = torch.cat([state["visual.class_embedding"].expand(2, 1, -1),
+                   patches @ weight.reshape(len(weight), -1).T], 1)
+    h = F.layer_norm(h + state["visual.positional_embedding"], (128,),
+                     v["ln_pre.weight"], v["ln_pre.bias"])
+    for k in range(2):
+        h = clip_block(state, f"visual.transformer.resblocks.{k}", h, 0)
+    h = F.layer_norm(h[:, 0], (128,), v["ln_post.weight"], v["ln_post.bias"])
+    with torch.no_grad():
+        assert torch.allclose(net.visual(x), h @ state["visual.proj"], atol=1e-9)
+
+
+def test_weights_of_another_network_are_refused_by_name(stage, tmp_path):
+    state = make_clip_state()
+    short = {name: value for name, value in state.items() if name != "visual.proj"}
+    with pytest.raises(SystemExit, match="weights.pt holds other weights.*visual.proj"):
+        stage(5).load_strictly(stage(5).Clip(state), short, "weights.pt")
+    torch.save(state, tmp_path / "clip.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "clip.pt").read_bytes()[:5000])
+    with pytest.raises(SystemExit, match="cut.pt is no file of weights"):
+        stage(5).load_state(tmp_path / "cut.pt")
+    assert torch.equal(stage(5).load_state(tmp_path / "clip.pt")["visual.proj"],
+                       state["visual.proj"])
+
+
+class Leaf(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4).half())
+        self.table = nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x):
+        return self.inner[0](x) + self.inner[1].weight.float() + self.table.sum()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_archives_are_read_bit_by_bit_and_run_nothing(stage, tmp_path):
+    leaf, path = Leaf(), tmp_path / "leaf.pt"
+    torch.jit.save(torch.jit.trace(leaf, torch.randn(2, 3)), str(path))
+    state = stage(5).load_state(path)
+    assert state.keys() == leaf.state_dict().keys()
+    for name, value in leaf.state_dict().items():
+        assert state[name].dtype == value.dtype and torch.equal(state[name], value)
+
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+    with zipfile.ZipFile(tmp_path / "trap.pt", "w") as archive:
+        archive.writestr("trap/data.pkl", pickle.dumps(Trap(), 2))
+        archive.writestr("trap/constants.pkl", b"")
+    with pytest.raises(SystemExit, match="trap.pt.*it names"):
+        stage(5).load_state(tmp_path / "trap.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.fixture()
+def tokenizer(stage, tmp_path):
+    """A vocabulary of six merges: h e, l l, he ll, hell o</w>, ' s</w>, a b."""
+    merges = ["h e", "l l", "he ll", "hell o</w>", "' s</w>", "a b"]
+    (tmp_path / "bpe.txt").write_text("#version\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    return stage(5).ClipTokenizer(tmp_path / "bpe.txt")
+
+
+def test_tokenizer_merges_and_rules(tokenizer):
+    encode, ids = tokenizer.encode, tokenizer.ids
+    assert ids["!"] == 0 and ids["!</w>"] == 256 and ids["he"] == 512
+    assert encode("HELLO  hello") == [ids["hello</w>"]] * 2                  # case, spaces
+    assert encode("hello's") == [ids["hello</w>"], ids["'s</w>"]] == encode("hello’s")
+    assert encode("12") == [ids["1</w>"], ids["2</w>"]]                      # digits stand alone
+    assert encode("ab!?") == [ids["a"], ids["b</w>"], ids["!"], ids["?</w>"]]
+    assert encode("a&amp;amp;b") == [ids["a</w>"], ids["&</w>"], ids["b</w>"]]
+    assert len(encode("é")) == 2 and encode("<|endoftext|>") == []           # two bytes; no escape
+    assert encode("10²")[:2] == [ids["1</w>"], ids["0</w>"]] and len(encode("10²")) == 4
+
+
+def test_tokenizer_keeps_the_end_when_it_cuts(tokenizer):
+    start, end = len(tokenizer.ids), len(tokenizer.ids) + 1
+    table = tokenizer(["hello", "1" * 75, "1" * 76, "1" * 500])
+    assert table.shape == (4, 77) and table[0, :4].tolist() == [
+        start, tokenizer.ids["hello</w>"], end, 0]
+    assert all(row[76] == end and row[0] == start for row in table[1:])
+
+
+def test_streaming_moments_equal_two_passes(stage):
+    f = torch.randn(103, 7).double() * 3 + 5
+    for size in (1, 7, 50, 200):
+        found = stage(5).Moments(7)
+        for part in f.split(size):
+            found.add(part)
+        n, mu, S = found.finish()
+        assert n == 103 and np.allclose(mu, f.mean(0), atol=1e-12)
+        assert np.allclose(S, np.cov(f.numpy(), rowvar=False), atol=1e-10)
+    one = stage(5).Moments(7)
+    one.add(f[:1])
+    with pytest.raises(SystemExit, match="at least two"):
+        one.finish()
+
+
+def test_evaluate_tool_on_folders(stage, inception, tmp_path, capsys):
+    """Statistics saved and reused; the folder against itself is at distance 0; a second process
+    would share the work; captions give a CLIP score."""
+    rng = torch.Generator().manual_seed(5)
+    calibrated = stage(5).build_inception()
+    calibrated.load_state_dict(inception.state_dict() | {
+        "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)})
+    torch.save(calibrated.state_dict(), tmp_path / "inception.pt")
+    torch.save(make_clip_state(), tmp_path / "clip.pt")
+    (tmp_path / "bpe.txt").write_text("#version\nh e\n")
+    for name, n in (("drawn", 5), ("real", 4)):
+        (tmp_path / name).mkdir()
+        for k, image in enumerate(make_images(n, 40, rng)):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{k}.png")
+            (tmp_path / name / f"{k}.txt").write_text("he he")
+    (tmp_path / "drawn/broken.png").write_bytes(b"no")
+    weights = [f"--inception={tmp_path}/inception.pt", f"--clip={tmp_path}/clip.pt",
+               f"--clip-vocab={tmp_path}/bpe.txt", f"--out={tmp_path}/out"]
+    for extra in ([f"--reference={tmp_path}/real", f"--save-statistics={tmp_path}/s.npz"],
+                  [f"--reference={tmp_path}/s.npz"]):
+        stage(5).main(stage(5).parse_args([f"--evaluate={tmp_path}/drawn", *extra, *weights]))
+    said = capsys.readouterr().out
+    first, second = [float(line.split()[1]) for line in said.splitlines() if line[:3] == "FID"]
+    assert first > 1e-3 > abs(second) and "of 5 images" in said and "bias" in said
+    assert "of 5 captioned images" in said and "skipped 1 (unreadable image" in said
+    assert set(np.load(tmp_path / "s.npz").files) == {"mu", "sigma", "count"}
