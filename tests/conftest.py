@@ -14,6 +14,9 @@ CHAIN = ("01_proxy.py", "02_meta_rater.py", "02_meta_rater.py --signal loss", "0
          "05_train_eval.py")
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
 def run(command, launcher=()):
     """Run one stage as a user does; returns the finished process. command: 'FILE --flag value'."""
     file, *flags = command.split()

@@ -10,6 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+from conftest import TORCHRUN, run
+
 
 def calibrate(net, seed=0):
     """Random weights with features of useful size (the default ones are about 1e-8)."""
@@ -255,8 +257,8 @@ def test_streaming_moments_equal_two_passes(stage):
 
 
 def test_evaluate_tool_on_folders(stage, inception, tmp_path, capsys):
-    """Statistics saved and reused; the folder against itself is at distance 0; a second process
-    would share the work; captions give a CLIP score."""
+    """Statistics saved and reused; the folder against itself is at distance 0; two processes count
+    every image once; captions give a CLIP score."""
     rng = torch.Generator().manual_seed(5)
     calibrated = stage(5).build_inception()
     calibrated.load_state_dict(inception.state_dict() | {
@@ -280,3 +282,8 @@ def test_evaluate_tool_on_folders(stage, inception, tmp_path, capsys):
     assert first > 1e-3 > abs(second) and "of 5 images" in said and "bias" in said
     assert "of 5 captioned images" in said and "skipped 1 (unreadable image" in said
     assert set(np.load(tmp_path / "s.npz").files) == {"mu", "sigma", "count"}
+    done = run(f"05_train_eval.py --evaluate {tmp_path}/drawn --reference {tmp_path}/real "
+               + " ".join(weights), TORCHRUN)
+    assert "of 5 images" in done.stdout, done.stderr
+    third = float(done.stdout.split("FID ")[-1].split()[0])
+    assert third == pytest.approx(first, rel=1e-3)

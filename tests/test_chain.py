@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT, run
+from conftest import ROOT, TORCHRUN, run
 
 PHOTOS = ROOT.parent / "shared" / "data" / "photos"
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def read(path):
