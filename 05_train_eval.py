@@ -154,7 +154,8 @@ def degrade(x, rng):
     kind = torch.randint(3, (len(x), 1, 1, 1), generator=rng, device=x.device)
     amount = 0.6 * torch.rand(kind.shape, generator=rng, device=x.device)
     noised = x + amount * torch.randn(x.shape, generator=rng, device=x.device)
-    return torch.where(kind == 0, x, torch.where(kind == 1, noised, image_ops.gaussian_blur(x, 5, 1.0)))
+    blurred = image_ops.gaussian_blur(x, 5, 1.0)
+    return torch.where(kind == 0, x, torch.where(kind == 1, noised, blurred))
 
 
 def train_judge(pairs, steps, seed, batch_size=128):
@@ -219,7 +220,8 @@ def evaluate(net, test, judge, reference, seed):
     images = torch.cat([proxy_stage.sample(net, *part) for part in zip(
         proxy_stage.mine(c).split(128), proxy_stage.mine(eps).split(128))])
     images = proxy_stage.gather(images)
-    return {"held-out": held_out, **judge_images(judge, images, test.captions[:n], reference)}, images
+    numbers = judge_images(judge, images, test.captions[:n], reference)
+    return {"held-out": held_out, **numbers}, images
 
 
 # ---- one arm, all arms -----------------------------------------------------------------------
@@ -353,7 +355,7 @@ def draw_samples(path, samples, test):
     proxy_stage.save_figure(figure, path)
 
 
-# ---- standard metrics: FID's Inception-v3 and OpenAI's CLIP, exact to the public tools ---------
+# ---- standard metrics: FID's Inception-v3, OpenAI's CLIP -------------------------------------
 WEIGHTS = {                # what: (address, SHA-256, the option that takes a local file instead)
     "inception": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                   "pt_inception-2015-12-05-6726825d.pth",
@@ -508,7 +510,8 @@ def read_archive(path):
     name but the three that a tree of tensors needs becomes an inert object or is refused.
     """
     archive = zipfile.ZipFile(path)
-    root = next(name for name in archive.namelist() if name.endswith("/data.pkl"))[:-len("data.pkl")]
+    root = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+    root = root.removesuffix("data.pkl")
     dtypes = {"FloatStorage": torch.float32, "HalfStorage": torch.float16,
               "LongStorage": torch.int64, "DoubleStorage": torch.float64}
 
@@ -669,7 +672,7 @@ class StandardJudge:
                            dim=1)
 
 
-# ---- the evaluation as a tool: folders and shards, nothing is trained ---------------------------
+# ---- the evaluation as a tool: nothing is trained --------------------------------------------
 class Moments:
     """Mean and covariance of features in one pass, float64, over all processes."""
 

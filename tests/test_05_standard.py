@@ -183,6 +183,21 @@ def test_weights_of_another_network_are_refused_by_name(stage, tmp_path):
                        state["visual.proj"])
 
 
+def test_public_weights_are_fetched_once_and_checked(stage, tmp_path, monkeypatch):
+    """No network: the address and the option are named. Other bytes than the public: refused."""
+    def fail(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(SystemExit, match="ViT-B-32.pt could not be fetched.*--clip"):
+        stage(5).find_weights("clip", None)
+    with pytest.raises(SystemExit, match="--clip-vocab nowhere: no such file"):
+        stage(5).find_weights("clip_vocab", "nowhere")
+    (tmp_path / "checkpoints" / "ViT-B-32.pt").write_bytes(b"half of it")
+    with pytest.raises(SystemExit, match="SHA-256 differs"):
+        stage(5).find_weights("clip", None)
+
+
 class Leaf(nn.Module):
     def __init__(self):
         super().__init__()
