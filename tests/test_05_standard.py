@@ -230,8 +230,8 @@ def test_archives_are_read_bit_by_bit_and_run_nothing(stage, tmp_path):
 
 @pytest.fixture()
 def tokenizer(stage, tmp_path):
-    """A vocabulary of six merges: h e, l l, he ll, hell o</w>, ' s</w>, a b."""
-    merges = ["h e", "l l", "he ll", "hell o</w>", "' s</w>", "a b"]
+    """A vocabulary of seven merges, in the order in which they were learnt."""
+    merges = ["h e", "l l", "he ll", "hell o</w>", "' s</w>", "a b", "b b"]
     (tmp_path / "bpe.txt").write_text("#version\n" + "\n".join(merges) + "\n", encoding="utf-8")
     return stage(5).ClipTokenizer(tmp_path / "bpe.txt")
 
@@ -243,6 +243,7 @@ def test_tokenizer_merges_and_rules(tokenizer):
     assert encode("hello's") == [ids["hello</w>"], ids["'s</w>"]] == encode("hello’s")
     assert encode("12") == [ids["1</w>"], ids["2</w>"]]                      # digits stand alone
     assert encode("ab!?") == [ids["a"], ids["b</w>"], ids["!"], ids["?</w>"]]
+    assert encode("abbc") == [ids["ab"], ids["b"], ids["c</w>"]]             # a b before b b
     assert encode("a&amp;amp;b") == [ids["a</w>"], ids["&</w>"], ids["b</w>"]]
     assert len(encode("é")) == 2 and encode("<|endoftext|>") == []           # two bytes; no escape
     assert encode("10²")[:2] == [ids["1</w>"], ids["0</w>"]] and len(encode("10²")) == 4
