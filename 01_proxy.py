@@ -675,19 +675,19 @@ def main(args):
     losses, snapshots = [], {}
 
     def after(step, loss):
-        losses.append((step, loss))
+        losses.append(loss)
         if step in points:
             snapshots[step] = {name: value.clone() for name, value in proxy.state_dict().items()}
         if step % 100 == 0 or step == args.steps:
-            recent = torch.stack([value for _, value in losses[-100:]]).mean()
+            recent = average(torch.stack(losses[-100:]).mean())
             print0(f"warm-up {step:5d}/{args.steps}   loss {recent.item():.4f}")
 
     began = time.time()
     train(proxy, pairs, args.steps, args.batch_size, args.lr, args.seed, after=after)
-    out = Path(args.out)
+    out, values = Path(args.out), average(torch.stack(losses)).tolist()
     save(out / "proxy.pt", settings=vars(args), snapshots=snapshots)
-    write_csv(out / "proxy.csv", ["step", "loss"], [(k, loss.item()) for k, loss in losses])
-    draw_figure(out / "proxy.png", proxy, losses, test, args.seed)
+    write_csv(out / "proxy.csv", ["step", "loss"], enumerate(values, 1))
+    draw_figure(out / "proxy.png", proxy, values, test, args.seed)
     print0(f"wrote {out}/proxy.pt, .csv, .png: {sum(p.numel() for p in proxy.parameters()):,} "
            f"parameters, {args.steps} steps in {time.time() - began:.0f} s")
 
@@ -698,9 +698,8 @@ def draw_figure(path, proxy, losses, test, seed):
     eps = torch.randn(x.shape, generator=seeded(x.device, seed, "figure"), device=x.device)
     figure = plt.figure(figsize=(10, 3))
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.4))
-    values = np.array([loss.item() for _, loss in losses])
-    window = min(25, len(values))
-    smooth = np.convolve(values, np.ones(window) / window, "valid")
+    window = min(25, len(losses))
+    smooth = np.convolve(losses, np.ones(window) / window, "valid")
     axis = left.subplots()
     axis.plot(np.arange(len(smooth)) + window, smooth, color="black")
     axis.set(xlabel="warm-up step", ylabel="loss of the reference proxy", ylim=(0, None))

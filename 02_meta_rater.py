@@ -29,7 +29,7 @@ pairs on 2 GPUs are groups of 32), so the number of processes changes nothing.
 Reads    out/proxy.pt
 Writes   out/rater.pt, .csv, .png      (--signal loss: out/rater-loss.pt, .csv, .png)
 Run      python 02_meta_rater.py                        under a minute on two cores
-         torchrun --nproc-per-node 2 02_meta_rater.py
+         torchrun --nproc-per-node 2 -- 02_meta_rater.py --signal loss     (torchrun needs the --)
 """
 import importlib
 import time

@@ -14,7 +14,7 @@ CHAIN = ("01_proxy.py", "02_meta_rater.py", "02_meta_rater.py --signal loss", "0
          "05_train_eval.py")
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--")
 
 
 def run(command, launcher=()):

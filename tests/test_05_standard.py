@@ -272,24 +272,42 @@ def test_streaming_moments_equal_two_passes(stage):
         one.finish()
 
 
-def test_evaluate_tool_on_folders(stage, inception, tmp_path, capsys):
-    """Statistics saved and reused; the folder against itself is at distance 0; two processes count
-    every image once; captions give a CLIP score."""
-    rng = torch.Generator().manual_seed(5)
+@pytest.fixture()
+def weights(stage, inception, tmp_path):
+    """Flags that name weight files as the public ones are laid out, with random contents."""
     calibrated = stage(5).build_inception()
     calibrated.load_state_dict(inception.state_dict() | {
         "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)})
     torch.save(calibrated.state_dict(), tmp_path / "inception.pt")
     torch.save(make_clip_state(), tmp_path / "clip.pt")
     (tmp_path / "bpe.txt").write_text("#version\nh e\n")
+    return [f"--inception={tmp_path}/inception.pt", f"--clip={tmp_path}/clip.pt",
+            f"--clip-vocab={tmp_path}/bpe.txt"]
+
+
+def test_standard_judge_has_the_interface_of_the_mini_one(stage, weights):
+    """Images in [-1, 1] are measured as the files that they would be saved as."""
+    args = stage(5).parse_args(["--metrics=standard", *weights])
+    judge = stage(5).StandardJudge(args, torch.device("cpu"))
+    pixels = make_images(4, 24, torch.Generator().manual_seed(2))
+    f, unit = judge.embed_images(pixels / 127.5 - 1)
+    again, same = judge.embed_pixels(list(pixels))
+    assert torch.allclose(f, again, atol=1e-4) and torch.allclose(unit, same, atol=1e-5)
+    assert f.shape == (4, 2048) and torch.allclose(unit.norm(dim=1), torch.ones(4))
+    assert judge.embed_captions(["he", "he he"]).shape == (2, 16)
+
+
+def test_evaluate_tool_on_folders(stage, weights, tmp_path, capsys):
+    """Statistics saved and reused; the folder against itself is at distance 0; two processes count
+    every image once; captions give a CLIP score."""
+    rng = torch.Generator().manual_seed(5)
     for name, n in (("drawn", 5), ("real", 4)):
         (tmp_path / name).mkdir()
         for k, image in enumerate(make_images(n, 40, rng)):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{k}.png")
             (tmp_path / name / f"{k}.txt").write_text("he he")
     (tmp_path / "drawn/broken.png").write_bytes(b"no")
-    weights = [f"--inception={tmp_path}/inception.pt", f"--clip={tmp_path}/clip.pt",
-               f"--clip-vocab={tmp_path}/bpe.txt", f"--out={tmp_path}/out"]
+    weights.append(f"--out={tmp_path}/out")
     for extra in ([f"--reference={tmp_path}/real", f"--save-statistics={tmp_path}/s.npz"],
                   [f"--reference={tmp_path}/s.npz"]):
         stage(5).main(stage(5).parse_args([f"--evaluate={tmp_path}/drawn", *extra, *weights]))
