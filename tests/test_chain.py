@@ -10,6 +10,7 @@ from PIL import Image
 
 from conftest import ROOT, TORCHRUN, run
 
+HEALTH = ["ess", "W_batch"]
 PHOTOS = ROOT.parent / "shared" / "data" / "photos"
 
 
@@ -36,6 +37,7 @@ def test_two_processes_do_what_one_does(chain, tmp_path):
     """Losses of 01 and 02 to rounding over all smoke steps, ratings of 03 to 1e-5; 05 runs.
 
     02 is compared under eq. 9: in eq. 6's first step theta = theta_hat, and ranks follow rounding.
+    The rater's first Adam steps have the sign of rounding where its gradient is 0, hence HEALTH.
     """
     for command, given in (("01_proxy.py", []), ("02_meta_rater.py --signal loss", ["proxy.pt"]),
                            ("03_score.py", ["rater.pt"]), ("05_train_eval.py", [])):
@@ -44,13 +46,13 @@ def test_two_processes_do_what_one_does(chain, tmp_path):
         done = run(f"{command} --smoke --out {tmp_path}", TORCHRUN)
         assert done.returncode == 0, done.stdout + done.stderr
     for name, columns in (("proxy.csv", ["loss"]),
-                          ("rater-loss.csv", ["val", "ref", "ess", "W_batch"]),
+                          ("rater-loss.csv", ["val", "ref"]), ("rater-loss.csv", HEALTH),
                           ("ratings.csv", ["instance", "group", "rating", "loss", "difference"])):
         one, two = read(chain / name), read(tmp_path / name)
         assert [row.get("key") for row in one] == [row.get("key") for row in two]
         for column in columns:
             a, b = (np.array([float(row[column]) for row in rows]) for rows in (one, two))
-            assert np.allclose(a, b, atol=1e-5), (name, column, abs(a - b).max())
+            assert np.allclose(a, b, atol=5e-3 if columns is HEALTH else 1e-5), (name, column, abs(a - b).max())
 
 
 def test_strata_decide_nothing(stage, chain, tmp_path, monkeypatch):
