@@ -409,12 +409,18 @@ def decode(data, size):
     return image_ops.pil_to_tensor(image_ops.center_crop(image, [size, size]))
 
 
+def find_places(path):
+    """The files or folders that `path`, in which * works, stands for; none is an error."""
+    places = sorted(map(Path, glob.glob(str(path))))
+    if not places:
+        raise SystemExit(f"{path}: no such file or folder (pairs are tar shards, as in "
+                         "'DIR/train-*.tar', a folder of them, or a folder of images)")
+    return places
+
+
 def find_records(path):
     """Records of all images and captions in `path`, and what was skipped so far, by reason."""
-    places, skipped = sorted(map(Path, glob.glob(str(path)))), defaultdict(list)
-    if not places:
-        raise SystemExit(f"{path}: no such file or folder (--data and --val take tar shards, as in "
-                         "'DIR/train-*.tar', a folder of them, or a folder of images)")
+    places, skipped = find_places(path), defaultdict(list)
     shards = [shard for place in places for shard in
               ([place] if place.suffix == ".tar" else sorted(place.glob("*.tar")))]
     indexes = [index_shard(shard, skipped) for shard in shards] or [
@@ -579,7 +585,10 @@ def start(args):
     if args.batch_size and args.batch_size % world():
         raise SystemExit(f"--batch-size {args.batch_size} must divide by {world()} processes")
     torch.manual_seed(args.seed)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {args.out} cannot be made: {error.strerror}; name another folder")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda" if cuda else "cpu")
@@ -696,14 +705,15 @@ def draw_figure(path, proxy, losses, test, seed):
     """The loss, smoothed over 25 steps, and what the warm proxy draws for eight captions."""
     x, c = test.batch(np.arange(8))
     eps = torch.randn(x.shape, generator=seeded(x.device, seed, "figure"), device=x.device)
-    figure = plt.figure(figsize=(10, 3))
+    figure = plt.figure(figsize=(10, 4))
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.4))
     window = min(25, len(losses))
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
     axis = left.subplots()
     axis.plot(np.arange(len(smooth)) + window, smooth, color="black")
     axis.set(xlabel="warm-up step", ylabel="loss of the reference proxy", ylim=(0, None))
-    show_pictures(right.subplots(2, 4), sample(proxy, c, eps), test.captions[:8])
+    show_pictures(right.subplots(2, 4, gridspec_kw={"hspace": 0.5}), sample(proxy, c, eps),
+                  test.captions[:8])
     save_figure(figure, path)
 
 

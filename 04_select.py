@@ -107,9 +107,12 @@ def read_ratings(path, rank_by):
 
 
 def read_column(path, column, kind):
+    """One column (N,) of a CSV file with a header; a broken or missing file ends the program."""
     try:
         return np.loadtxt(path, dtype=kind, delimiter=",", skiprows=1, usecols=column, ndmin=1,
                           quotechar='"', comments=None, encoding="utf-8")
+    except FileNotFoundError:
+        raise SystemExit(f"{path} is missing: run 04_select.py first, or correct the path")
     except ValueError as error:
         raise SystemExit(f"{path}: {error}")
 

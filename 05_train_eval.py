@@ -69,7 +69,7 @@ class Arm(NamedTuple):
     file: str = ""
 
 
-# Drawn up from the decile tables of stage 3, before any downstream run: under eq. 6 the head is
+# Drawn up from the decile tables of stage 3, before any arm was trained: under eq. 6 the head is
 # the informative part (percentiles 0-45 of the toy pairs), under eq. 9 the middle (30-75).
 ARMS = [
     Arm("full"),
@@ -719,6 +719,8 @@ def measure_images(judge, path, batch_size=50):
 
 def evaluate_files(args, device):
     """FID of --evaluate against --reference, and the CLIP score of the captioned images."""
+    for path in filter(None, (args.evaluate, args.reference)):
+        proxy_stage.find_places(path)
     judge = StandardJudge(args, device)
     (n, mu, S), (captioned, total, squares) = measure_images(judge, args.evaluate)
     if args.save_statistics and proxy_stage.rank() == 0:

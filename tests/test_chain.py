@@ -109,7 +109,9 @@ def test_own_pictures_without_strata_or_validation(stage, tmp_path):
     ("02_meta_rater.py --out nowhere-yet", "run 01_proxy.py"),
     ("04_select.py --out nowhere-yet", "run 03_score.py"),
     ("01_proxy.py --smoke --data nothing-here", "no such file or folder"),
-    ("01_proxy.py --smoke --size 17", "must divide")])
+    ("01_proxy.py --smoke --size 17", "must divide"),
+    ("01_proxy.py --smoke --out /dev/null/x", "cannot be made"),
+    ("05_train_eval.py --evaluate nothing-here", "no such file or folder")])
 def test_errors_are_one_line_with_the_cure(command, message, tmp_path):
     done = run(command.replace("nowhere-yet", str(tmp_path / "x")) + (
         "" if "--out" in command else f" --out {tmp_path}"))
