@@ -1,0 +1,86 @@
+"""The standard metrics beside pytorch-fid and open_clip: same random weights, same images.
+
+    pip install pytorch-fid "scipy<1.16" open_clip_torch ftfy regex       (by hand; no dependency)
+    OMP_NUM_THREADS=1 python tests/peers.py
+
+Our time includes the crops for CLIP, whose towers are left out of the FID part.
+"""
+import importlib
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytorch_fid.inception
+import torch
+from PIL import Image
+from pytorch_fid.fid_score import calculate_fid_given_paths
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+stage, drawn = importlib.import_module("05_train_eval"), importlib.import_module("test_05_standard")
+CAPTIONS = ["hello world", "A photo of 2 dogs!!", "it's 1999", "It’s naïve café", "tom &amp; jerry",
+            "10²", "😀", "you should've", "x" * 400, "the quick brown fox " * 30,
+            "Über straße 中文 текст", "3.14% of $5 — “quoted”"]
+
+
+class Judge(stage.StandardJudge):
+    """The judge with networks made here instead of read from files."""
+
+    def __init__(self, inception, visual):
+        self.inception, self.device, self.size = inception, "cpu", 224
+        self.clip = type("Towers", (), {"visual": staticmethod(visual)})()
+
+
+def compare_fid(folder, count=100, repeats=3):
+    net = drawn.calibrate(stage.build_inception())
+    torch.save(net.state_dict(), folder / "inception.pth")
+    pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: torch.load(
+        folder / "inception.pth")
+    net.fc = torch.nn.Identity()
+    for name, seed in (("a", 1), ("b", 2)):
+        (folder / name).mkdir()
+        images = drawn.make_images(count, 96, torch.Generator().manual_seed(seed))
+        for k, image in enumerate(images.float() * (1 if name == "a" else 0.9)):
+            pixels = image.byte().permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(folder / name / f"{k:04d}.png")
+    judge, ratios = Judge(net, lambda x: torch.ones(len(x), 4)), []
+    for _ in range(repeats):
+        began = time.time()
+        ours = stage.frechet_distance(*(part for name in "ab" for part in
+                                        stage.measure_images(judge, str(folder / name))[0][1:]))
+        middle = time.time()
+        theirs = calculate_fid_given_paths([str(folder / "a"), str(folder / "b")], 50, "cpu", 2048, 0)
+        ratios.append((middle - began) / (time.time() - middle))
+    print(f"FID {ours:.6f}, pytorch-fid {theirs:.6f}, relative {abs(ours / theirs - 1):.1e}; "
+          f"time ours / theirs, median of {repeats}: {np.median(ratios):.2f}")
+
+
+@torch.no_grad()
+def compare_clip():
+    torch.manual_seed(0)
+    model, _, prepare = open_clip.create_model_and_transforms("ViT-B-32-quickgelu")
+    for p in model.parameters():
+        p += 0.2 * torch.randn(p.shape) * (p.dim() < 2)
+    model.eval()
+    state = {name: value for name, value in model.state_dict().items() if name != "attn_mask"}
+    ours = stage.load_strictly(stage.Clip(state), state, "open_clip").eval()
+    judge = Judge(lambda x: torch.zeros(len(x), 1), ours.visual)
+    judge.clip = ours
+    judge.tokenize = stage.ClipTokenizer(next(Path(open_clip.__file__).parent.glob("bpe*")))
+    ids = open_clip.get_tokenizer("ViT-B-32-quickgelu")(CAPTIONS)
+    images = [drawn.make_images(1, size, torch.Generator().manual_seed(size))[0]
+              for size in (96, 224, 300, 512)]
+    files = torch.stack([prepare(Image.fromarray(image.permute(1, 2, 0).numpy()))
+                         for image in images])
+    cosines = judge.embed_pixels(images)[1] @ judge.embed_captions(CAPTIONS).T
+    theirs = model.encode_image(files, normalize=True) @ model.encode_text(ids, normalize=True).T
+    print(f"captions with equal token ids: {int((judge.tokenize(CAPTIONS) == ids).all(1).sum())} of "
+          f"{len(CAPTIONS)}; cosines differ by at most {(cosines - theirs).abs().max():.1e}")
+
+
+if __name__ == "__main__":
+    compare_clip()
+    with tempfile.TemporaryDirectory() as folder_:
+        compare_fid(Path(folder_))
