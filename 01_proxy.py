@@ -17,22 +17,26 @@ Run      python 01_proxy.py                                  toy pairs, half a m
          torchrun --nproc-per-node 2 01_proxy.py             same global batch, cut over processes
 """
 import argparse
+import contextlib
 import csv
 import functools
 import glob
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
+import signal
+import sys
 import tarfile
 import textwrap
 import time
+import warnings
 import zlib
-from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -41,10 +45,16 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
 from torchvision.transforms import functional as image_ops
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+
+try:
+    import fcntl
+except ImportError:                                       # Windows: --out is not locked
+    fcntl = None
 
 VOCABULARY = 2048          # rows of the word table, a word's row is its CRC-32: any language
 CAPTION_DROPOUT = 0.1      # share of captions blanked in training, for classifier-free guidance
@@ -172,12 +182,13 @@ def sample(net, c, eps, steps=12, guidance=2.0):
 
 # ---- eq. 4: training without weights ---------------------------------------------------------
 def descend(loss, net, opt, clip=2.0):
-    """One clipped optimiser step on a loss through which gradients reach `net` alone."""
+    """One clipped optimiser step on a loss that trains `net` alone. Returns the gradient's norm."""
     opt.zero_grad(set_to_none=True)
     loss.backward()
     average_gradients(net)                                # does nothing with one process
-    torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
     opt.step()
+    return norm
 
 
 def adamw(net, lr):
@@ -185,21 +196,23 @@ def adamw(net, lr):
     return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, after=lambda step, loss: None):
+def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None, after=None):
     """`steps` steps of eq. 4 on `pairs`; the last share `decay` of them falls linearly to zero.
 
-    Stage 1 warms the proxy up with it, stage 5 trains the downstream models. `after` sees every
-    step's mean loss, still on the device.
+    Stage 1 warms the proxy up with it, stage 5 trains the downstream models. `progress` logs loss
+    and gradient norm and continues an interrupted run; `after(step)` sees the net after each step.
     """
-    opt, ramp = adamw(net, lr), max(steps // 20, 1)
-    rows = (batch_rows(len(pairs), batch_size, k, seed) for k in range(steps))
-    for k, (x, c) in enumerate(stream(pairs, rows)):
+    opt, ramp, progress = adamw(net, lr), max(steps // 20, 1), progress or Progress()
+    progress.attach(net=net, opt=opt)
+    batches = draw_batches(len(pairs), batch_size, seed, progress.step, steps)
+    for k, (rows, x, c) in enumerate(stream(pairs, batches), progress.step):
         left = (steps - k) / (decay * steps) if decay else 1.0
         opt.param_groups[0]["lr"] = lr * min(1.0, (k + 1) / ramp, left)
         rng = seeded(x.device, seed, "train", k)
         loss = flow_loss(net, x, drop_captions(c, rng), *draw_noise(x, rng)).mean()
-        descend(loss, net, opt)                           # eq. 4
-        after(k + 1, loss.detach())
+        norm = descend(loss, net, opt)                    # eq. 4
+        progress.advance(torch.stack([loss, norm]), lambda: pairs.name(rows),
+                         lambda: after and after(k + 1))
     return net
 
 
@@ -268,9 +281,7 @@ def draw_toy(n, size, seed, split, words=8):
                  list(captions), names)
 
 
-# ---- real pairs: tar shards, folders, tables -------------------------------------------------
-IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp"}
-CAPTION_NAMES = ("caption", "text", "prompt")
+# ---- pairs: in memory, or on disk behind an index --------------------------------------------
 SINGLE_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")  # no spaces in Chinese
 
 
@@ -312,101 +323,163 @@ class Pairs:
         columns = ([column[i] for i in rows] for column in (self.keys, self.captions, self.strata))
         return Pairs(self.images[rows], self.tokens[rows], *columns)
 
+    def parts(self, batches):
+        """For every array of rows in `batches`: the rows and their pairs."""
+        for rows in batches:
+            yield rows, self.take(rows)
+
+    def name(self, rows):
+        return [self.keys[row] for row in rows]
+
+    def hashes(self):
+        return np.array([hash_key(key) for key in self.keys], "u8")
+
+    @property
+    def device(self):
+        return self.images.device
+
     def to(self, device):
         return Pairs(self.images.to(device), self.tokens.to(device), self.keys, self.captions,
                      self.strata)
 
 
-def find_caption(record):
-    """The caption in a JSON record or a table row, '' where there is none."""
-    texts = (record.get(name) for name in CAPTION_NAMES)
-    return next((text for text in texts if isinstance(text, str)), "")
+class Source(NamedTuple):
+    """A tar shard; or an image file with its key and, where a table names it, its row as JSON."""
+    path: Path
+    key: str = ""
+    note: str = ""
 
 
-def read_member(file, offset, size):
-    """`size` bytes of a file from `offset`: a member of a tar shard, in place."""
-    with open(file, "rb") as stream_:
-        stream_.seek(offset)
-        return stream_.read(size)
+ENTRY = np.dtype([("source", "i4"), ("offset", "i8"), ("size", "i4"), ("hash", "u8")])  # 24 bytes
 
 
-def index_shard(shard, skipped):
-    """Records of one WebDataset tar: members KEY.jpg|png|webp with KEY.txt and / or KEY.json."""
-    found = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
-                key, _, kind = member.name.removeprefix("./").rpartition(".")
-                record = found.setdefault(key, {"key": key, "name": f"{shard}:{key}"})
-                if f".{kind.lower()}" in IMAGE_TYPES:
-                    record["at"] = (shard, member.offset_data, member.size)
-                elif kind in ("txt", "json"):
-                    record[kind] = tar.extractfile(member).read().decode("utf-8", "replace")
-    except tarfile.ReadError as error:
-        skipped[f"rest of a damaged shard ({error})"].append(str(shard))
-    return found.values()
+@dataclass
+class Shards:
+    """N image-text pairs on disk, found by row: stands in for Pairs where memory is too small."""
+    sources: list
+    entries: np.ndarray        # (N,) of ENTRY: where a pair lies, and its key's hash
+    size: int
+    words: int
+    device: str = "cpu"
+    strata = ()                # not known before a pair is read
+
+    def __len__(self):
+        return len(self.entries)
+
+    def take(self, rows):
+        return Shards(self.sources, self.entries[rows], self.size, self.words, self.device)
+
+    def to(self, device):
+        return Shards(self.sources, self.entries, self.size, self.words, device)
+
+    def read(self, row):
+        """Key, and {suffix: bytes} of all files of one pair, read in place."""
+        number, offset, size, _ = self.entries[row].tolist()
+        path, key, note = self.sources[number]
+        if key:
+            texts = [] if note else [path.with_suffix(".txt"), path.with_suffix(".json")]
+            found = {file.suffix.lower(): file.read_bytes() for file in [path, *texts]
+                     if file.is_file()}
+            return key, found | ({".json": note.encode()} if note else {})
+        with open(path, "rb") as shard:
+            shard.seek(offset)
+            run = tarfile.open(fileobj=io.BytesIO(shard.read(size)), mode="r:")
+        found = [(*split_name(member.name), run.extractfile(member).read()) for member in run]
+        return found[0][0], {kind: data for _, kind, data in found[::-1]}
+
+    def __getitems__(self, rows):
+        """For the DataLoader: rows, (key, image, caption, stratum) of those that can be read, and
+        (reason, key) of the others."""
+        kept, skipped = [], []
+        for row in rows:
+            key, files = self.read(row)
+            pair = decode_pair(files, self.size)
+            if isinstance(pair, str):
+                skipped.append((pair, key))
+            else:
+                kept.append((key, *pair))
+        return rows, kept, skipped
+
+    def parts(self, batches):
+        """For every array of rows in `batches`: the rows and the readable pairs among them.
+
+        Workers decode ahead. What was skipped is told at the end.
+        """
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        loader = DataLoader(self, batch_sampler=batches, collate_fn=unchanged,
+                            num_workers=min(8, max(1, cores)) if len(self) > 1000 else 0,
+                            worker_init_fn=ignore_interrupts, generator=torch.Generator())
+        skipped = {}
+        for rows, kept, missing in loader:
+            for reason, key in missing:
+                skipped.setdefault(reason, {})[key] = True
+            keys, images, captions, strata = map(list, zip(*kept)) if kept else ([], [], [], [])
+            images = np.array(images, np.uint8).reshape(-1, 3, self.size, self.size)
+            yield rows, Pairs(torch.from_numpy(images), tokenize(captions, self.words), keys,
+                              captions, strata).to(self.device)
+        print_skipped(skipped)
+
+    def batch(self, rows):
+        """x (B, 3, H, W) and c (B, T) of these rows; readable ones repeated where some are not."""
+        return next(stream(self, [rows], share=unchanged))[1:]
+
+    def name(self, rows):
+        return [self.read(row)[0] for row in rows]
+
+    def hashes(self):
+        return self.entries["hash"]
 
 
-def index_folder(folder, skipped):
-    """Records of a folder: images with .txt or .json beside them, or one metadata table."""
-    for table in (folder / "metadata.csv", folder / "metadata.jsonl"):
-        if table.exists():
-            return index_table(table, skipped)
-    records = []
-    for file in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_TYPES):
-        key = file.relative_to(folder).with_suffix("").as_posix()
-        record = {"key": key, "name": str(file), "at": (file, 0, file.stat().st_size)}
-        for kind in ("txt", "json"):
-            if file.with_suffix(f".{kind}").exists():
-                record[kind] = file.with_suffix(f".{kind}").read_text("utf-8", "replace")
-        records.append(record)
-    return records
+def unchanged(part):
+    return part
 
 
-def index_table(table, skipped):
-    """Records of metadata.csv or metadata.jsonl: `file_name` and `text`, `caption` or `prompt`."""
-    with open(table, encoding="utf-8-sig", errors="replace", newline="") as lines:
-        rows = list(csv.DictReader(lines) if table.suffix == ".csv" else map(parse_json, lines))
-    if rows and not any("file_name" in row and find_caption(row) for row in rows):
-        raise SystemExit(f"{table}: needs columns file_name and one of {', '.join(CAPTION_NAMES)}")
-    records = []
-    for row in rows:
-        file = table.parent / str(row.get("file_name"))
-        if not file.is_file():
-            skipped["image file missing"].append(str(file))
-            continue
-        key = Path(str(row["file_name"])).with_suffix("").as_posix()
-        records.append({"key": key, "name": str(file), "at": (file, 0, file.stat().st_size),
-                        "json": json.dumps(row)})
-    return records
+def ignore_interrupts(_):
+    """Ctrl-C reaches the workers of a DataLoader too; the main process decides for them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def parse_json(text):
-    """A JSON object as a dict; anything else, broken text included, as an empty one."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    return value if isinstance(value, dict) else {}
+def find_rows(pairs, keys):
+    """Row (K,) of every key, -1 where there is none."""
+    known, wanted = pairs.hashes(), np.array([hash_key(key) for key in keys], "u8")
+    order = np.argsort(known)
+    rows = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
+    return np.where(known[rows] == wanted, rows, -1)
 
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+def hash_key(key):
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest())
 
 
-def open_image(data):
-    """Image bytes -> PIL image in RGB, on white, upright. Raises one of UNREADABLE."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if image.mode.startswith("I"):                        # 16 bit: keep the upper eight
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+# ---- reading real pairs: WebDataset tars, folders, tables -------------------------------------
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
+CAPTION_NAMES = ("caption", "text", "prompt")
+RESIDENT = 2e9             # bytes of pixels up to which pairs are decoded once and kept
 
 
-def decode(data, size):
-    """Image bytes -> (3, size, size) uint8, resized and cut to the centre."""
-    image = image_ops.resize(open_image(data), size, antialias=True)
-    return image_ops.pil_to_tensor(image_ops.center_crop(image, [size, size]))
+def open_pairs(path, size, words, out=None):
+    """Shards of `path`: tars, or folders of tars, of images with sidecars, or with a table.
+
+    What the index already shows to be of no use is skipped, counted by reason and named once.
+    """
+    places, skipped = find_places(path), {}
+    tars = [tar for place in places for tar in
+            ([place] if place.suffix == ".tar" else sorted(place.glob("*.tar")))]
+    if tars:
+        sources, entries = [Source(tar) for tar in tars], index_shards(tars, skipped, out)
+    else:
+        sources = [source for place in places for source in index_folder(place, skipped)]
+        entries = np.array([(k, 0, 0, hash_key(source.key)) for k, source in enumerate(sources)],
+                           ENTRY)
+    _, first = np.unique(entries["hash"], return_index=True)
+    pairs = Shards(sources, entries[np.sort(first)], size, words)
+    for row in np.setdiff1d(np.arange(len(entries)), first):
+        key, _ = Shards(sources, entries, size, words).read(row)
+        skipped.setdefault("key seen before", {})[f"{key}, row {row}"] = True
+    print_skipped(skipped)
+    if not len(pairs):
+        raise SystemExit(f"{path}: no readable pair; README, 'Your own pairs', has the layouts")
+    return pairs
 
 
 def find_places(path):
@@ -418,65 +491,177 @@ def find_places(path):
     return places
 
 
-def find_records(path):
-    """Records of all images and captions in `path`, and what was skipped so far, by reason."""
-    places, skipped = find_places(path), defaultdict(list)
-    shards = [shard for place in places for shard in
-              ([place] if place.suffix == ".tar" else sorted(place.glob("*.tar")))]
-    indexes = [index_shard(shard, skipped) for shard in shards] or [
-        index_folder(place, skipped) for place in places]
-    return list(itertools.chain.from_iterable(indexes)), skipped
+def index_shards(tars, skipped, out):
+    """Entries (N,) of all tars, one process per core; kept in `out` while no tar changes."""
+    state = repr([(str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars])
+    file = Path(out) / f"index-{hash_key(state):016x}.npz" if out else None
+    if rank() == 0 and not (file and file.exists()):
+        with ProcessPoolExecutor(min(8, os.cpu_count())) as pool:
+            indexes = list(pool.map(index_shard, tars))
+        for k, (entries, _) in enumerate(indexes):
+            entries["source"] = k
+        saved = {"entries": np.concatenate([entries for entries, _ in indexes]),
+                 "skipped": np.array([pair for _, bad in indexes for pair in bad]).reshape(-1, 2)}
+        if file:
+            with whole(file, "wb") as stream_:
+                np.savez(stream_, **saved)
+    wait_for_all()
+    saved = np.load(file, allow_pickle=False) if file else saved
+    for reason, name in saved["skipped"].tolist():
+        skipped.setdefault(reason, {})[name] = True
+    return saved["entries"]
 
 
-def print_skipped(path, skipped):
-    for reason, names in skipped.items():
-        print0(f"{path}: skipped {len(names)} ({reason}), first {names[0]}")
-
-
-def read_pairs(path, size, words):
-    """Every usable pair in `path`: tars, or a folder of tars, of images with sidecars, or a table.
-
-    What cannot be used is skipped, counted by reason and named once; the rest keeps its order.
-    """
-    (records, skipped), kept = find_records(path), {}
-    for record in records:
-        reason = read_record(record, size, kept)
-        if reason:
-            skipped[reason].append(record["name"])
-    print_skipped(path, skipped)
-    if not kept:
-        raise SystemExit(f"{path}: no readable pair; see --help for the layouts")
-    images, captions, strata = zip(*kept.values())
-    longer = np.mean([len(find_word_rows(caption)) > words for caption in captions])
-    if longer > 0.05:
-        print0(f"{path}: {longer:.0%} of the captions are longer than --words {words} and are cut")
-    return Pairs(torch.stack(images), tokenize(captions, words), list(kept), list(captions),
-                 list(strata))
-
-
-def caption_of(record):
-    """The caption from the .txt, else from the JSON, '' where there is none."""
-    return record.get("txt", "").strip() or find_caption(parse_json(record.get("json", ""))).strip()
-
-
-def read_record(record, size, kept):
-    """Add the record's pair to `kept`; where that fails, return the reason in a few words."""
-    caption, notes = caption_of(record), parse_json(record.get("json", ""))
-    if "at" not in record:
-        return "no image"
-    if record["key"] in kept:
-        return "key seen before"
-    if not caption:
-        return "no caption"
+def index_shard(tar_path):
+    """Entries (n,) of one tar, a run of members KEY.jpg, KEY.txt, ... being a pair; and (reason,
+    name) of what is skipped."""
+    runs, skipped, last = [], [], None
     try:
-        image = decode(read_member(*record["at"]), size)
-    except UNREADABLE as error:
-        return f"unreadable image: {type(error).__name__}"
-    kept[record["key"]] = image, caption, str(notes.get("stratum", ""))
+        with tarfile.open(tar_path, "r:") as tar:
+            for member in iter(tar.next, None):
+                tar.members.clear()                       # tarfile would keep them all
+                (key, kind), reason = split_name(member.name), refuse(member)
+                if reason:
+                    skipped.append((reason, f"{tar_path}: {member.name!a}"))
+                if reason or member.isdir():
+                    last = None
+                    continue
+                if key != last:
+                    runs.append([member.offset, 0, key, False])
+                last, run = key, runs[-1]
+                run[1] = member.offset_data + -(-member.size // 512) * 512 - run[0]
+                run[3] |= kind in IMAGE_TYPES
+    except (tarfile.TarError, OSError, ValueError) as error:
+        skipped.append((f"damaged shard, its rest is lost: {error}", str(tar_path)))
+    if runs and sum(runs[-1][:2]) > tar_path.stat().st_size:
+        skipped.append(("cut off at the end of a shard", f"{tar_path}: {runs.pop()[2]}"))
+    skipped += [("no image", f"{tar_path}: {key}") for _, _, key, image in runs if not image]
+    return np.array([(0, offset, size, hash_key(key)) for offset, size, key, image in runs
+                     if image], ENTRY), skipped
+
+
+def split_name(name):
+    """'./a/b.c.JPG' -> ('a/b.c', '.jpg')"""
+    key, _, kind = name.removeprefix("./").rpartition(".")
+    return key, f".{kind.lower()}"
+
+
+def refuse(member):
+    """Why a member of a tar is not read, or None. Nothing is unpacked, but keys end up in files."""
+    key, _ = split_name(member.name)
+    if not member.isfile() and not member.isdir():
+        return "link or device in a tar"
+    if not key.isprintable() or key.startswith("/") or ".." in key.split("/"):
+        return "unsafe name in a tar"
     return None
 
 
+def index_folder(folder, skipped):
+    """Sources of a folder: images with .txt or .json beside them, or one metadata table."""
+    for table in (folder / "metadata.csv", folder / "metadata.jsonl"):
+        if table.exists():
+            return index_table(table, skipped)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_TYPES)
+    return [Source(file, file.relative_to(folder).with_suffix("").as_posix()) for file in files]
+
+
+def index_table(table, skipped):
+    """Sources of metadata.csv or metadata.jsonl: `file_name` and `text`, `caption` or `prompt`."""
+    with open(table, encoding="utf-8-sig", errors="replace", newline="") as lines:
+        rows = list(csv.DictReader(lines) if table.suffix == ".csv" else map(parse_json, lines))
+    if rows and not any("file_name" in row and find_caption(row) for row in rows):
+        raise SystemExit(f"{table}: needs columns file_name and one of {', '.join(CAPTION_NAMES)}")
+    sources = []
+    for row in rows:
+        file = table.parent / str(row.get("file_name"))
+        if file.is_file():
+            key = Path(str(row["file_name"])).with_suffix("").as_posix()
+            sources.append(Source(file, key, json.dumps({k: v for k, v in row.items() if k})))
+        else:
+            skipped.setdefault("image file missing", {})[str(file)] = True
+    return sources
+
+
+def print_skipped(skipped):
+    for reason, names in skipped.items():
+        print0(f"skipped {len(names)} ({reason}), first {next(iter(names))}")
+
+
+def parse_json(text):
+    """A JSON object as a dict; anything else, broken text included, as an empty one."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {}
+
+
+def find_caption(record):
+    """The caption in a JSON record or a table row, '' where there is none."""
+    texts = (record.get(name) for name in CAPTION_NAMES)
+    return next((text for text in texts if isinstance(text, str)), "")
+
+
+def read_caption(files):
+    """The caption from the .txt, else from the JSON, '' where there is none."""
+    text = files.get(".txt", b"").decode("utf-8", "replace").strip()
+    return text or find_caption(parse_json(files.get(".json", b""))).strip()
+
+
+def find_image(files):
+    """The first image file of a pair, as bytes."""
+    return next(data for kind, data in files.items() if kind in IMAGE_TYPES)
+
+
+def decode_pair(files, size):
+    """(image (3, size, size) uint8, caption, stratum) of a pair's files, or why it has none."""
+    caption = read_caption(files)
+    if not caption:
+        return "no caption"
+    try:
+        image = decode(find_image(files), size)
+    except Exception as error:                             # decoders of broken files raise anything
+        return f"unreadable image: {type(error).__name__}"
+    return image, caption, str(parse_json(files.get(".json", b"")).get("stratum", ""))
+
+
+def open_image(data):
+    """Image bytes -> PIL image in RGB, on white, upright."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode.startswith("I"):                        # 16 bit: keep the upper eight
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def decode(data, size):
+    """Image bytes -> (3, size, size) uint8: the largest square in the middle, resized."""
+    image = open_image(data)
+    square = image_ops.center_crop(image, [min(image.size)] * 2)
+    return image_ops.pil_to_tensor(image_ops.resize(square, [size, size], antialias=True)).numpy()
+
+
+def keep_resident(pairs, limit=np.inf):
+    """Shards as Pairs where their pixels fit into `limit` bytes, else as they are."""
+    if len(pairs) * 3 * pairs.size ** 2 > limit:
+        return pairs
+    parts = [part for _, part in pairs.parts(np.array_split(np.arange(len(pairs)),
+                                                            len(pairs) // 256 + 1))]
+    captions = sum((part.captions for part in parts), [])
+    longer = np.mean([len(find_word_rows(caption)) > pairs.words for caption in captions or [""]])
+    if longer > 0.05:
+        print0(f"{longer:.0%} of the captions are longer than --words {pairs.words} and are cut")
+    return Pairs(torch.cat([part.images for part in parts]),
+                 torch.cat([part.tokens for part in parts]),
+                 sum((part.keys for part in parts), []), captions,
+                 sum((part.strata for part in parts), []))
+
+
 # ---- plumbing for all five stages: splits, batches, processes, files, options ----------------
+HELD_OUT = 20000           # trusted pairs at most, half for eq. 5 and half for stage 5
+
+
 def load_data(args, device):
     """The splits train, val (for eq. 5) and test (for stage 5) as the options name them."""
     if args.data == "toy":
@@ -484,18 +669,18 @@ def load_data(args, device):
         splits = [draw_toy(n, args.size, args.seed, split, args.words)
                   for split, n in counts.items()]
     else:
-        corpus = read_pairs(args.data, args.size, args.words)
+        corpus = open_pairs(args.data, args.size, args.words, args.out)
         rng = np.random.default_rng(args.seed)
         if args.val:
-            held = read_pairs(args.val, args.size, args.words)
+            held = open_pairs(args.val, args.size, args.words, args.out)
         else:
-            order = rng.permutation(len(corpus))
-            held, corpus = (corpus.take(np.sort(part)) for part in
-                            (order[:len(order) // 10], order[len(order) // 10:]))
-            print0("no --val: a tenth of the corpus is held out instead. Validation no better than "
+            order, count = rng.permutation(len(corpus)), min(len(corpus) // 10, HELD_OUT)
+            held, corpus = (corpus.take(np.sort(part)) for part in (order[:count], order[count:]))
+            print0("no --val: part of the corpus is held out instead. Validation no better than "
                    "the corpus can only ask eq. 6 for more of the same; give it pairs you trust.")
-        order = rng.permutation(len(held))
-        splits = [corpus, held.take(order[::2]), held.take(order[1::2])]
+        order = rng.permutation(len(held))[:HELD_OUT]
+        splits = [keep_resident(corpus, RESIDENT),
+                  *(keep_resident(held.take(order[k::2])) for k in (0, 1))]
     for name, pairs in zip(("train", "val", "test"), splits):
         if len(pairs) < args.batch_size:
             raise SystemExit(f"the {name} split has {len(pairs)} readable pairs, fewer than "
@@ -516,10 +701,20 @@ def batch_rows(n, batch_size, step, seed):
     return shuffle(n, seed, epoch)[place * batch_size:(place + 1) * batch_size]
 
 
-def stream(pairs, rows_of_batches):
-    """Batches (x, c) of `pairs`, each cut to this process's rows."""
-    for rows in rows_of_batches:
-        yield pairs.batch(mine(rows))
+def draw_batches(n, batch_size, seed, first, last):
+    """The rows of batches `first` to `last` - 1, one after another."""
+    return (batch_rows(n, batch_size, step, seed) for step in range(first, last))
+
+
+def stream(pairs, batches, share=None):
+    """(rows, x, c) for every global batch of rows, cut to this process's share.
+
+    The place of a pair that cannot be read goes to another one of the share.
+    """
+    for rows, part in pairs.parts(map(share or mine, batches)):
+        if not len(part):
+            raise SystemExit(f"none of these pairs can be read: {', '.join(pairs.name(rows))}")
+        yield rows, *part.batch(np.arange(len(rows)) % len(part))
 
 
 def seeded(device, *parts):
@@ -572,57 +767,192 @@ def gather(tensor):
     return torch.cat(parts)
 
 
+def gather_lists(items):
+    """The lists of all processes one after another; only the first process gets them."""
+    if world() == 1:
+        return items
+    lists = [None] * world() if rank() == 0 else None
+    dist.gather_object(items, lists)
+    return sum(lists, []) if rank() == 0 else []
+
+
+def wait_for_all():
+    if world() > 1:
+        dist.barrier()
+
+
 def print0(*words):
     if rank() == 0:
         print(*words, flush=True)
 
 
-def start(args):
-    """Join the processes of torchrun, if any, make --out, and return the device."""
+def launch(main, args):
+    """Call main(args, device): one process of torchrun's, or alone; --out is its own meanwhile."""
     cuda = torch.cuda.is_available()
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
-    if args.batch_size and args.batch_size % world():
+    if getattr(args, "batch_size", 0) % world():
         raise SystemExit(f"--batch-size {args.batch_size} must divide by {world()} processes")
-    torch.manual_seed(args.seed)
-    try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"--out {args.out} cannot be made: {error.strerror}; name another folder")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda" if cuda else "cpu")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note_signal)
+    torch.manual_seed(args.seed)
+    with claim(Path(args.out)):
+        main(args, torch.device("cuda" if cuda else "cpu"))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def save(path, **state):
-    """Write state dicts, settings and numbers, whole or not at all, from the first process."""
+@contextlib.contextmanager
+def claim(folder):
+    """Make a folder and lock it until this process ends, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+        if fcntl and rank() == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"{folder} is in use by another run: wait for it, or name another --out")
+    except OSError as error:
+        raise SystemExit(f"--out {folder} cannot be written: {error.strerror}; name another folder")
+    with lock:
+        yield
+
+
+def note_signal(number, frame):
+    """Ctrl-C or SIGTERM: the step under way is finished first; a second one ends at once."""
+    if Progress.stop or not Progress.running:
+        sys.exit(128 + number)
+    Progress.stop = number
+
+
+class Progress:
+    """A loop of steps that may be stopped at any moment; the same command continues it.
+
+    Batches and random numbers depend on the seed and the step alone, so the networks, their
+    optimisers and the step are the whole state, and a continued run ends bit for bit as an unbroken
+    one (on a CPU). `log` holds a row of numbers per step, `kept` whatever else shall survive.
+    """
+    running, stop = False, 0   # between the first step and `finish`; the signal that came
+
+    def __init__(self, path=None, written_by="", settings=None, save_every=60):
+        self.path, self.written_by, self.settings = path, written_by, settings or {}
+        self.save_every, self.parts, self.weights = save_every, {}, {}
+        self.step, self.seconds, self.log, self.kept = 0, 0.0, [], {}
+        if path and Path(path).exists():
+            state = load(path, written_by)
+            for name, value in self.settings.items():
+                if state["settings"].get(name) != value and name not in ("out", "save_every"):
+                    raise SystemExit(
+                        f"{path} was begun with {name} = {state['settings'].get(name)}, not "
+                        f"{value}: finish that run first, or delete the file to begin anew")
+            self.step, self.seconds, self.kept = (state[k] for k in ("step", "seconds", "kept"))
+            self.log, self.weights = state["log"].tolist(), state["weights"]
+            print0(f"continuing from {path}")
+        self.now = self.saved = time.monotonic()
+
+    def attach(self, **parts):
+        """Networks and optimisers to save, and to restore where the run was interrupted."""
+        for name, part in parts.items():
+            if self.weights:
+                part.load_state_dict(self.weights[name])
+        self.parts, self.weights, Progress.running = parts, {}, True
+
+    def advance(self, numbers, name_batch=list, before_save=None, by=1):
+        """Count a step: numbers (K,), averaged over processes, have to be finite."""
+        caught = torch.tensor([float(Progress.stop)], device=numbers.device)
+        *numbers, stop = average(torch.cat([numbers.detach(), caught])).tolist()
+        if not np.isfinite(numbers).all():
+            keep = f" {self.path} still holds an earlier step." if self.path else ""
+            raise SystemExit(f"step {self.step + 1}: {numbers} is not finite.{keep} Lower --lr, or "
+                             f"look at the pairs of its batch: {', '.join(name_batch())}")
+        self.log.append(numbers)
+        self.step += by
+        now = time.monotonic()
+        self.seconds, self.now = self.seconds + now - self.now, now
+        if before_save:
+            before_save()
+        if stop or (self.path and now - self.saved >= self.save_every):
+            self.save()
+        if stop:
+            print0(f"stopped after step {self.step}: the same command continues from {self.path}")
+            sys.exit(128 + (Progress.stop or signal.SIGTERM))
+
+    def save(self):
+        if self.path:
+            save(self.path, self.written_by, settings=self.settings, step=self.step,
+                 seconds=self.seconds, log=torch.tensor(self.log), kept=self.kept,
+                 weights={name: part.state_dict() for name, part in self.parts.items()})
+        self.saved = time.monotonic()
+
+    def begin_next(self):
+        """Start a new loop in the same file; `kept` remains."""
+        self.step, self.seconds, self.log, self.parts = 0, 0.0, [], {}
+        self.now = time.monotonic()
+        self.save()
+
+    def finish(self):
+        """The results are written: nothing is left to continue."""
+        Progress.running = False
+        if self.path and rank() == 0:
+            Path(self.path).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole(path, mode="w"):
+    """A file that takes its name when it is complete; where it cannot be written, one line."""
+    part = Path(f"{path}.part")
+    try:
+        text = {"newline": "", "encoding": "utf-8"} if mode == "w" else {}
+        with open(part, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:              # RuntimeError: torch on a full disk
+        part.unlink(missing_ok=True)
+        raise SystemExit(f"{path} cannot be written ({str(error).splitlines()[0]}): mend that and "
+                         "run the same command again; earlier files are as they were")
+
+
+def save(path, written_by, **state):
+    """State dicts, settings and numbers, from the first process."""
     if rank() == 0:
-        torch.save(state, f"{path}.part")
-        os.replace(f"{path}.part", path)
+        with whole(path, "wb") as file:
+            torch.save({"written_by": written_by, **state}, file)
 
 
 def load(path, written_by):
     """What `save` wrote; no code in the file is run. Missing or foreign files end the program."""
+    script, unfinished = written_by.split()[0], Path(path).with_suffix(".progress")
+    if unfinished != Path(path) and unfinished.exists():
+        raise SystemExit(f"{unfinished}: {written_by} was interrupted; run it again to finish it, "
+                         "or delete this file")
     if not Path(path).exists():
         raise SystemExit(f"{path} is missing: run {written_by} with the same --out first")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise SystemExit(f"{path} cannot be read ({type(error).__name__}): run {written_by} again")
+        raise SystemExit(f"{path} cannot be read ({type(error).__name__}): delete it and run "
+                         f"{written_by} again")
+    if not isinstance(state, dict) or state.get("written_by") != script:
+        raise SystemExit(f"{path} was not written by {script}: run {written_by} again")
+    return state
 
 
 def write_csv(path, columns, rows):
     if rank() == 0:
-        with open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
+        with whole(path) as file:
             csv.writer(file).writerows([columns, *rows])
-        os.replace(f"{path}.part", path)
 
 
 def show_pictures(axes, images, captions):
     """Images (K, 3, H, W) in [-1, 1] on K axes, their captions above them."""
     for axis, image, caption in zip(np.ravel(axes), images.cpu(), captions):
         axis.imshow((image.permute(1, 2, 0).numpy() + 1) / 2)
-        axis.set_title(textwrap.fill(textwrap.shorten(caption, 48), 16), fontsize=7)
+        title = textwrap.fill(textwrap.shorten(caption[:500], 48), 16)
+        axis.set_title(title, fontsize=7, parse_math=False)
         axis.axis("off")
 
 
@@ -633,7 +963,8 @@ def legend_above(axis, columns=4):
 
 def save_figure(figure, path):
     if rank() == 0:
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+        with whole(path, "wb") as file, warnings.catch_warnings(action="ignore"):
+            figure.savefig(file, format="png", dpi=150, bbox_inches="tight")  # emoji have no glyph
     plt.close(figure)
 
 
@@ -644,6 +975,8 @@ def options(description, **defaults):
     parser.add_argument("--out", default="out", help="folder of all results")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw")
     parser.add_argument("--smoke", action="store_true", help="tiny run, to see that it works")
+    parser.add_argument("--save-every", type=float, default=60, metavar="SECONDS",
+                        help="an interrupted run loses this much at most")
     for name, (default, text) in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text,
                             type=str if default is None else type(default))
@@ -657,9 +990,10 @@ def build_proxy(settings, device):
 
 
 def load_proxy(out):
-    """The options that out/proxy.pt was made with, and the weights after the warm-up."""
+    """The options that out/proxy.pt was made with, and the weights at four points of the warm-up,
+    {step: state dict}."""
     saved = load(Path(out) / "proxy.pt", "01_proxy.py")
-    return argparse.Namespace(**saved["settings"]), saved["snapshots"][saved["settings"]["steps"]]
+    return argparse.Namespace(**{**saved["settings"], "out": out}), saved["snapshots"]
 
 
 # ---- the stage -------------------------------------------------------------------------------
@@ -676,29 +1010,30 @@ def parse_args(argv=None):
     return args
 
 
-def main(args):
-    device = start(args)
+def main(args, device):
+    out = Path(args.out)
     pairs, _, test = load_data(args, device)
     proxy = build_proxy(args, device)
+    progress = Progress(out / "proxy.progress", "01_proxy.py", vars(args), args.save_every)
     points = {max(1, round(share * args.steps)) for share in (0.05, 0.2, 0.5, 1)}
-    losses, snapshots = [], {}
+    snapshots = progress.kept                              # {step: weights}
 
-    def after(step, loss):
-        losses.append(loss)
+    def after(step):
         if step in points:
             snapshots[step] = {name: value.clone() for name, value in proxy.state_dict().items()}
         if step % 100 == 0 or step == args.steps:
-            recent = average(torch.stack(losses[-100:]).mean())
-            print0(f"warm-up {step:5d}/{args.steps}   loss {recent.item():.4f}")
+            recent = np.mean(progress.log[-100:], axis=0)
+            print0(f"warm-up {step:5d}/{args.steps}   loss {recent[0]:.4f}")
 
-    began = time.time()
-    train(proxy, pairs, args.steps, args.batch_size, args.lr, args.seed, after=after)
-    out, values = Path(args.out), average(torch.stack(losses)).tolist()
-    save(out / "proxy.pt", settings=vars(args), snapshots=snapshots)
-    write_csv(out / "proxy.csv", ["step", "loss"], enumerate(values, 1))
-    draw_figure(out / "proxy.png", proxy, values, test, args.seed)
+    train(proxy, pairs, args.steps, args.batch_size, args.lr, args.seed, progress=progress,
+          after=after)
+    save(out / "proxy.pt", "01_proxy.py", settings=vars(args), snapshots=snapshots)
+    write_csv(out / "proxy.csv", ["step", "loss", "grad_norm"],
+              [(k, *row) for k, row in enumerate(progress.log, 1)])
+    draw_figure(out / "proxy.png", proxy, [loss for loss, _ in progress.log], test, args.seed)
+    progress.finish()
     print0(f"wrote {out}/proxy.pt, .csv, .png: {sum(p.numel() for p in proxy.parameters()):,} "
-           f"parameters, {args.steps} steps in {time.time() - began:.0f} s")
+           f"parameters, {args.steps} steps in {progress.seconds:.0f} s")
 
 
 def draw_figure(path, proxy, losses, test, seed):
@@ -718,4 +1053,4 @@ def draw_figure(path, proxy, losses, test, seed):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    launch(main, parse_args())

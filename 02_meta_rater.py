@@ -32,7 +32,6 @@ Run      python 02_meta_rater.py                        under a minute on two co
          torchrun --nproc-per-node 2 -- 02_meta_rater.py --signal loss     (torchrun needs the --)
 """
 import importlib
-import time
 from pathlib import Path
 
 import numpy as np
@@ -140,12 +139,13 @@ def meta_step(nets, opts, train, val, rng, args):
     W = (W_inst * W_batch).detach()                        # eq. 5 holds mu fixed; sums to W_batch
 
     descend = proxy_stage.descend
-    descend(objective + args.tau * negative_entropy(W_inst, W_batch), nets["rater"], opts["rater"])
-    descend(L_val.mean() + (W * L_theta).sum(1).mean(), nets["proxy"], opts["proxy"])  # eq. 5
-    descend((W * L_hat).sum(1).mean(), nets["ref"], opts["ref"])          # eq. 5 without g_val
+    losses = {"rater": objective + args.tau * negative_entropy(W_inst, W_batch),
+              "proxy": L_val.mean() + (W * L_theta).sum(1).mean(),                # eq. 5
+              "ref": (W * L_hat).sum(1).mean()}                               # eq. 5, no g_val
+    norms = [proxy_stage.descend(losses[name], nets[name], opts[name]) for name in losses]
     ess = 1 / W_inst.square().sum(1).mean() / args.group_size
     return torch.stack([L_val.mean(), L_hat.mean(), gap.mean(), gap.std(), ess, W_batch.mean(),
-                        W_inst.clamp_min(1e-12).log().std(1).mean()]).detach()
+                        W_inst.clamp_min(1e-12).log().std(1).mean(), sum(norms)]).detach()
 
 
 def exact_meta_gradient(proxy, train, val, W, beta, steps):
@@ -169,30 +169,35 @@ def exact_meta_gradient(proxy, train, val, W, beta, steps):
 
 
 # ---- the loop --------------------------------------------------------------------------------
-COLUMNS = ["step", "val", "ref", "gap_mean", "gap_std", "ess", "W_batch", "logit_std"]
+COLUMNS = ["step", "val", "ref", "gap_mean", "gap_std", "ess", "W_batch", "logit_std",
+           "grad_norm"]
 
 
-def learn(nets, pairs, val, args, probe):
-    """`--steps` meta steps. Returns the log's rows and the probe's logits over time."""
+def learn(nets, pairs, val, args, probe, progress):
+    """`--steps` meta steps, logged in `progress`, which also keeps the probe's logits over time."""
     opts = {name: proxy_stage.adamw(net, args.lr) for name, net in nets.items()}
-    device, rows, seen = pairs.images.device, [], []
-    batches = [proxy_stage.stream(split, (
-        proxy_stage.batch_rows(len(split), args.batch_size, k, args.seed)
-        for k in range(args.steps))) for split in (pairs, val)]
-    for k, (train_batch, val_batch) in enumerate(zip(*batches), 1):
-        rng = proxy_stage.seeded(device, args.seed, "meta", k)
-        rows.append(meta_step(nets, opts, train_batch, val_batch, rng, args))
+    progress.attach(**nets, **{f"{name}_opt": opt for name, opt in opts.items()})
+    seen = progress.kept.setdefault("seen", [])            # [(step, logits (PROBE,))]
+
+    def after():
+        k = progress.step
         if k % max(args.steps // 20, 1) == 0 or k == args.steps:
             with torch.no_grad():
                 seen.append((k, nets["rater"].logits(nets["rater"].features(*probe)).cpu()))
         if k % 100 == 0 or k == args.steps:
-            recent = proxy_stage.average(torch.stack(rows[-100:]).mean(0)).tolist()
+            recent = np.mean(progress.log[-100:], axis=0)
             proxy_stage.print0(
                 f"meta {k:5d}/{args.steps}   val {recent[0]:.4f}   difference {recent[2]:+.4f} "
                 f"+- {recent[3]:.4f}   ESS {recent[4]:.2f}   W_batch {recent[5]:.3f}   "
-                f"logit std {recent[6]:.2f}" + warn_of_collapse(*recent[4:]))
-    rows = proxy_stage.average(torch.stack(rows)).tolist()
-    return [[k, *row] for k, row in enumerate(rows, 1)], seen
+                f"logit std {recent[6]:.2f}" + warn_of_collapse(*recent[4:7]))
+
+    batches = [proxy_stage.stream(split, proxy_stage.draw_batches(
+        len(split), args.batch_size, args.seed, progress.step, args.steps))
+        for split in (pairs, val)]
+    for (rows, *train_batch), (_, *val_batch) in zip(*batches):
+        rng = proxy_stage.seeded(train_batch[0].device, args.seed, "meta", progress.step + 1)
+        numbers = meta_step(nets, opts, train_batch, val_batch, rng, args)
+        progress.advance(numbers, lambda: pairs.name(rows), after)
 
 
 def warn_of_collapse(ess, W_batch, logit_std):
@@ -225,27 +230,30 @@ def suffix(signal):
     return "" if signal == "difference" else f"-{signal}"
 
 
-def main(args):
-    device = proxy_stage.start(args)
+def main(args, device):
     if args.batch_size % (args.group_size * proxy_stage.world()):
         raise SystemExit(f"--batch-size {args.batch_size} must be a multiple of --group-size "
                          f"{args.group_size} times {proxy_stage.world()} processes")
-    settings, warm = proxy_stage.load_proxy(args.out)
+    settings, snapshots = proxy_stage.load_proxy(args.out)
     pairs, val, _ = proxy_stage.load_data(settings, device)
     nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
-    nets["proxy"].load_state_dict(warm)                    # theta <- theta_hat, after eq. 4
-    nets["ref"].load_state_dict(warm)
+    for net in nets.values():
+        net.load_state_dict(snapshots[settings.steps])     # theta <- theta_hat, after eq. 4
     nets["rater"] = Rater(settings.size, settings.patch, settings.words).to(device)
 
-    began, rows_of_probe = time.time(), np.arange(min(PROBE, len(pairs)))
-    rows, seen = learn(nets, pairs, val, args, pairs.batch(rows_of_probe))
+    (_, probe), = pairs.parts([np.arange(min(PROBE, len(pairs)))])
     file = Path(args.out) / f"rater{suffix(args.signal)}"
-    proxy_stage.save(f"{file}.pt", settings=vars(args),
-                     **{name: net.state_dict() for name, net in nets.items()})
+    progress = proxy_stage.Progress(f"{file}.progress", "02_meta_rater.py",
+                                    {**vars(args), "proxy": vars(settings)}, args.save_every)
+    learn(nets, pairs, val, args, probe.batch(np.arange(len(probe))), progress)
+    rows = [[k, *row] for k, row in enumerate(progress.log, 1)]
+    proxy_stage.save(f"{file}.pt", "02_meta_rater.py", settings=vars(args), proxy=vars(settings),
+                     weights={name: net.state_dict() for name, net in nets.items()})
     proxy_stage.write_csv(f"{file}.csv", COLUMNS, rows)
-    draw_figure(f"{file}.png", rows, seen, np.array(pairs.strata)[rows_of_probe])
+    draw_figure(f"{file}.png", rows, progress.kept["seen"], np.array(probe.strata))
+    progress.finish()
     proxy_stage.print0(f"wrote {file}.pt, .csv, .png: {args.steps} meta steps in "
-                       f"{time.time() - began:.0f} s")
+                       f"{progress.seconds:.0f} s")
 
 
 def draw_figure(path, rows, seen, strata):
@@ -261,7 +269,7 @@ def draw_figure(path, rows, seen, strata):
         left.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     left.set(xlabel="meta step", ylabel="logit, centred (median, quartiles)")
     proxy_stage.legend_above(left)
-    table = np.array(rows)                                                    # (steps, 8)
+    table = np.array(rows)                                                    # (steps, 9)
     window = min(25, len(table))
     for column, style in (("ess", "-"), ("W_batch", "--"), ("logit_std", ":")):
         smooth = np.convolve(table[:, COLUMNS.index(column)], np.ones(window) / window, "valid")
@@ -272,4 +280,4 @@ def draw_figure(path, rows, seen, strata):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    proxy_stage.launch(main, parse_args())

@@ -6,8 +6,9 @@ belongs to the pair and averages the batch away:
     rating_i = What_i + log(mean of W_batch over several random groups that hold pair i)
 
 which is log W_i up to the softmax's normaliser. The groups of a pair are fixed by the seed and its
-row in the corpus; batch size, order of work and number of processes change nothing, and every pair
-is scored once. (The released code's ratings are softmaxes over the scoring batch: they depend on
+row in the corpus; order of work and number of processes change nothing, and every pair is scored
+once. Ratings are written chunk by chunk: memory does not grow with the corpus, and an interrupted
+run continues. (The released code's ratings are softmaxes over the scoring batch: they depend on
 batch-mates, on file order, and grow in a short last batch.)
 
 Two baselines that need no rater stand beside it: `loss`, L(theta_hat; x_i) after stage 2, and
@@ -20,8 +21,11 @@ Writes   out/ratings.csv, out/ratings.png (histogram), out/ratings-bands.png (pi
 Run      python 03_score.py                               twenty seconds on two cores
          torchrun --nproc-per-node 2 03_score.py
 """
+import csv
 import importlib
-import time
+import io
+import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +35,13 @@ from matplotlib import pyplot as plt
 proxy_stage = importlib.import_module("01_proxy")
 rater_stage = importlib.import_module("02_meta_rater")
 
-CHUNK = 512                # corpus rows that share a stream of random numbers
+CHUNK = 512                # corpus rows that share a stream of random numbers, scored at a time
 POOL = 2048                # pairs that companions are drawn from, so memory does not grow
 GROUPS = 8                 # random groups per pair
 DRAWS = 8                  # of t and eps behind the two baselines
 BANDS = 10                 # percentile bands in the figures
+SHOWN = 1_000_000          # ratings at most that the report and the figures look at
+COLUMNS = ["key", "instance", "group", "rating", "loss", "difference", "stratum"]
 
 
 # ---- the score -------------------------------------------------------------------------------
@@ -64,34 +70,63 @@ def baselines(proxy, ref, x, c, rng):
 
 
 @torch.no_grad()
-def score_chunk(nets, pairs, pool, chunk, batch_size, seed):
-    """Columns instance, group, loss, difference (B, 4) of corpus rows [CHUNK k, CHUNK (k + 1))."""
-    rows = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, len(pairs)))
-    x, c = pairs.batch(rows)
-    f = features(nets["rater"], x, c, batch_size)                             # (B, D)
+def score_chunk(nets, part, pool, chunk, seed):
+    """Numbers (B, 5) as in COLUMNS, from instance to difference, of the pairs of one chunk."""
+    x, c = part.batch(np.arange(len(part)))
+    f = nets["rater"].features(x, c)                                          # (B, D)
     rng = proxy_stage.seeded(x.device, seed, "score", chunk)
-    group = group_rating(nets["rater"], f, pool, nets["group_size"], rng)
-    return torch.stack([nets["rater"].logits(f), group,
+    instance = nets["rater"].logits(f)                                        # (B,)
+    group = group_rating(nets["rater"], f, pool, nets["group_size"], rng)     # (B,)
+    rating = instance + group.log()                        # log W_i, but for eq. 7's normaliser
+    return torch.stack([instance, group, rating,
                         *baselines(nets["proxy"], nets["ref"], x, c, rng)], 1)
 
 
-def features(rater, x, c, batch_size):
-    """The rater's features (B, D), `batch_size` pairs at a time."""
-    return torch.cat([rater.features(*part) for part in zip(x.split(batch_size),
-                                                            c.split(batch_size))])
-
-
 @torch.no_grad()
-def score(nets, pairs, batch_size, seed):
-    """Columns instance, group, loss, difference (N, 4) of all pairs; processes share the chunks."""
-    rng = np.random.default_rng([seed, len(pairs)])
-    pool_rows = np.sort(rng.permutation(len(pairs))[:POOL])
-    pool = features(nets["rater"], *pairs.batch(pool_rows), batch_size)       # (M, D)
-    table = torch.zeros(len(pairs), 4, device=pool.device)
-    for chunk in range(proxy_stage.rank(), -(-len(pairs) // CHUNK), proxy_stage.world()):
-        columns = score_chunk(nets, pairs, pool, chunk, batch_size, seed)
-        table[chunk * CHUNK:chunk * CHUNK + len(columns)] = columns
-    return proxy_stage.add_up(table).cpu().double().numpy()
+def draw_pool(rater, pairs, seed):
+    """Features (M, D) of up to POOL pairs, from which the companions of every pair are drawn."""
+    rows = np.random.default_rng([seed, len(pairs)]).permutation(len(pairs))[:POOL]
+    parts = pairs.parts(np.array_split(np.sort(rows), -(-len(rows) // CHUNK)))
+    return torch.cat([rater.features(*part.batch(np.arange(len(part)))) for _, part in parts])
+
+
+def score(nets, pairs, path, seed, progress):
+    """Write the lines of `path` in corpus order; processes share the chunks, the first writes."""
+    progress.attach()
+    pool = draw_pool(nets["rater"], pairs, seed)                              # (M, D)
+    starts = range(progress.step * CHUNK, len(pairs), CHUNK * proxy_stage.world())
+    chunks = (np.arange(start, min(start + CHUNK, len(pairs)))
+              for start in (first + proxy_stage.rank() * CHUNK for first in starts))
+    with (open(path, "r+" if progress.step else "w", newline="", encoding="utf-8")
+          if proxy_stage.rank() == 0 else io.StringIO()) as file:
+        file.seek(progress.kept.get("bytes", 0))           # what came after the last save is redone
+        file.truncate()
+        writer = csv.writer(file)
+        writer.writerows([] if progress.step else [COLUMNS])
+        for rows, part in pairs.parts(chunks):
+            lines = []
+            if len(part):
+                numbers = score_chunk(nets, part, pool, progress.step + proxy_stage.rank(), seed)
+                lines = [(key, *(f"{v:.6g}" for v in row), stratum) for key, row, stratum in
+                         zip(part.keys, numbers.tolist(), part.strata)]
+            writer.writerows(proxy_stage.gather_lists(lines))
+            file.flush()
+            progress.kept["bytes"] = file.tell()
+            progress.advance(torch.tensor([len(lines)], device=pool.device),
+                             before_save=lambda: os.fsync(file.fileno()), by=proxy_stage.world())
+
+
+def read_ratings(path):
+    """keys, numbers (n, 5) and strata of up to SHOWN ratings, spread evenly over the file."""
+    with open(path, encoding="utf-8", newline="") as file:
+        stride = max(1, sum(1 for _ in file) // SHOWN)
+    columns = []
+    for kind, which in ((str, 0), (float, range(1, 6)), (str, 6)):
+        with open(path, encoding="utf-8", newline="") as file:
+            columns.append(np.loadtxt(itertools.islice(file, 1, None, stride), kind, usecols=which,
+                                      delimiter=",", quotechar='"', comments=None,
+                                      ndmin=2 if kind is float else 1))
+    return columns
 
 
 def percentiles(rating):
@@ -139,7 +174,7 @@ def probe_dynamics(proxy, pairs, rows, draws, seed):
     """Mean loss and gradient norm of `draws` batches from the corpus rows of one band."""
     values = []
     for k in range(draws):
-        rng = proxy_stage.seeded(pairs.images.device, seed, "dynamics", k)
+        rng = proxy_stage.seeded(pairs.device, seed, "dynamics", k)
         picked = np.random.default_rng([seed, k]).choice(rows, min(32, len(rows)), replace=False)
         x, c = pairs.batch(picked)
         t = torch.randn(len(x), generator=rng, device=x.device).sigmoid()
@@ -167,26 +202,27 @@ def draw_histogram(path, rating, percentile, strata):
     proxy_stage.save_figure(figure, path)
 
 
-def draw_bands(path, pairs, percentile, seed):
+def draw_bands(path, pairs, corpus_rows, percentile, seed):
     """Pictures and captions drawn at random, a column per percentile band (the paper's Fig. 5)."""
     figure, axes = plt.subplots(5, BANDS, figsize=(1.3 * BANDS, 8.5))
     for band, column in enumerate(axes.T):
         inside = np.flatnonzero((percentile * BANDS // 100).astype(int) == band)
-        rows = np.random.default_rng([seed, band]).choice(inside, 5, replace=len(inside) < 5)
-        proxy_stage.show_pictures(column, pairs.batch(rows)[0], [pairs.captions[i] for i in rows])
+        five = np.random.default_rng([seed, band]).choice(inside, 5, replace=len(inside) < 5)
+        (_, part), = pairs.parts([corpus_rows[five]])
+        proxy_stage.show_pictures(column, part.batch(np.arange(len(part)))[0], part.captions)
         column[0].text(0.5, 1.75, f"{band * 100 // BANDS}-{(band + 1) * 100 // BANDS} %",
                        ha="center", fontsize=12, transform=column[0].transAxes)
     figure.subplots_adjust(wspace=0.08, hspace=0.35)
     proxy_stage.save_figure(figure, path)
 
 
-def draw_dynamics(path, settings, snapshots, pairs, percentile, draws):
+def draw_dynamics(path, settings, snapshots, pairs, corpus_rows, percentile, draws):
     """Loss and gradient norm by rating band while the proxy warms up (the paper's Fig. 3)."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3))
-    bands = [np.flatnonzero((percentile * BANDS // 100).astype(int) == k) for k in range(BANDS)]
+    bands = [corpus_rows[(percentile * BANDS // 100).astype(int) == k] for k in range(BANDS)]
     middles = (np.arange(BANDS) + 0.5) * 100 / BANDS
     for k, (step, weights) in enumerate(sorted(snapshots.items())):
-        proxy = proxy_stage.build_proxy(settings, pairs.images.device)
+        proxy = proxy_stage.build_proxy(settings, pairs.device)
         proxy.load_state_dict(weights)
         table = np.array([probe_dynamics(proxy, pairs, rows, draws, settings.seed)
                           for rows in bands])                                 # (BANDS, 2)
@@ -202,8 +238,7 @@ def draw_dynamics(path, settings, snapshots, pairs, percentile, draws):
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = proxy_stage.options(
-        __doc__, data=(None, "pairs to rate instead of the training pairs, same layouts"),
-        batch_size=(512, "pairs at a time; changes nothing but memory"))
+        __doc__, data=(None, "pairs to rate instead of the training pairs, same layouts"))
     parser.add_argument("--signal", choices=["difference", "loss"], default="difference",
                         help="which rater of stage 2")
     return parser.parse_args(argv)
@@ -213,43 +248,45 @@ def load_nets(args, settings, device):
     """theta, theta_hat and mu as stage 2 left them, and its group size."""
     file = Path(args.out) / f"rater{rater_stage.suffix(args.signal)}.pt"
     saved = proxy_stage.load(file, f"02_meta_rater.py --signal {args.signal}")
+    if {**saved["proxy"], "out": args.out} != vars(settings):
+        raise SystemExit(f"{file} grew from another {args.out}/proxy.pt: run 02_meta_rater.py "
+                         f"--signal {args.signal} again")
     nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
     nets["rater"] = rater_stage.Rater(settings.size, settings.patch, settings.words).to(device)
     for name, net in nets.items():
-        net.load_state_dict(saved[name])
+        net.load_state_dict(saved["weights"][name])
     return nets | {"group_size": saved["settings"]["group_size"]}
 
 
-def main(args):
-    device, began = proxy_stage.start(args), time.time()
-    saved = proxy_stage.load(Path(args.out) / "proxy.pt", "01_proxy.py")
-    settings, _ = proxy_stage.load_proxy(args.out)
+def main(args, device):
+    settings, snapshots = proxy_stage.load_proxy(args.out)
     nets = load_nets(args, settings, device)
     if args.data:
-        pairs = proxy_stage.read_pairs(args.data, settings.size, settings.words).to(device)
+        pairs = proxy_stage.keep_resident(proxy_stage.open_pairs(
+            args.data, settings.size, settings.words, args.out), proxy_stage.RESIDENT).to(device)
     else:
         pairs = proxy_stage.load_data(settings, device)[0]
-    instance, group, loss, difference = score(nets, pairs, args.batch_size, args.seed).T
-    rating = instance + np.log(group)                      # log W_i, but for eq. 7's normaliser
-    percentile, strata = percentiles(rating), np.array(pairs.strata)
-
     stem = Path(args.out) / f"ratings{rater_stage.suffix(args.signal)}"
-    numbers = (instance, group, rating, percentile, loss, difference)
-    columns = ["key", "instance", "group", "rating", "percentile", "loss", "difference", "stratum"]
-    proxy_stage.write_csv(f"{stem}.csv", columns, zip(
-        pairs.keys, *([f"{v:.6g}" for v in column] for column in numbers), strata))
+    progress = proxy_stage.Progress(f"{stem}.progress", "03_score.py",
+                                    {**vars(args), "pairs": len(pairs)}, args.save_every)
+    score(nets, pairs, f"{stem}.csv.part", args.seed, progress)
+    if proxy_stage.rank():
+        return
+    os.replace(f"{stem}.csv.part", f"{stem}.csv")
+    keys, numbers, strata = read_ratings(f"{stem}.csv")
+    rating, loss, difference = numbers[:, 2:].T
+    percentile, rows = percentiles(rating), proxy_stage.find_rows(pairs, keys)
     report(strata, rating, "rating")
     report(strata, -loss, "-loss, no rater")
     report(strata, -difference, "-difference, no rater")
     print_bands(strata, percentile)
-    if proxy_stage.rank() == 0:
-        draw_histogram(f"{stem}.png", rating, percentile, strata)
-        draw_bands(f"{stem}-bands.png", pairs, percentile, args.seed)
-        draw_dynamics(f"{stem}-dynamics.png", settings, saved["snapshots"], pairs, percentile,
-                      draws=2 if args.smoke else 16)
-    proxy_stage.print0(f"\nwrote {stem}.csv and three figures: {len(pairs)} pairs in "
-                       f"{time.time() - began:.0f} s")
+    draw_histogram(f"{stem}.png", rating, percentile, strata)
+    draw_bands(f"{stem}-bands.png", pairs, rows, percentile, args.seed)
+    draw_dynamics(f"{stem}-dynamics.png", settings, snapshots, pairs, rows, percentile,
+                  draws=2 if args.smoke else 16)
+    progress.finish()
+    print(f"\nwrote {stem}.csv and three figures: {len(pairs)} pairs in {progress.seconds:.0f} s")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    proxy_stage.launch(main, parse_args())

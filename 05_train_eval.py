@@ -90,18 +90,19 @@ def choose_rows(arm, pairs, out, seed):
     if arm.keep == 1 and not arm.file:
         return np.arange(len(pairs))
     if not arm.ratings and not arm.file:
-        return select_stage.select(np.zeros(len(pairs)), "random", arm.keep, seed=seed)
+        return select_stage.select(np.zeros(len(pairs)), "random", arm.keep, seed=seed)[0]
     path = Path(arm.file or Path(out) / f"{arm.ratings}.csv")
     if arm.file:
         keys = select_stage.read_column(path, 0, str)
     else:
         keys, rating, _ = select_stage.read_ratings(path, "rating")
-        keys = keys[select_stage.select(rating, arm.method, arm.keep, seed=seed, **arm.settings)]
-    row_of = {key: row for row, key in enumerate(pairs.keys)}
-    unknown = next((key for key in keys if key not in row_of), None)
-    if unknown is not None:
-        raise SystemExit(f"{path}: key {unknown} is not among the training pairs of proxy.pt")
-    return np.array([row_of[key] for key in keys])
+        rows, _ = select_stage.select(rating, arm.method, arm.keep, seed=seed, **arm.settings)
+        keys = keys[rows]
+    rows = proxy_stage.find_rows(pairs, keys)
+    if (rows < 0).any():
+        raise SystemExit(f"{path}: key {keys[rows.argmin()]} is not among the training pairs of "
+                         "proxy.pt")
+    return rows
 
 
 def list_arms(args, pairs):
@@ -160,7 +161,7 @@ def degrade(x, rng):
 
 def train_judge(pairs, steps, seed, batch_size=128):
     """Contrastive training; pairs of the batch that share a caption are all right answers."""
-    device, batch_size = pairs.images.device, min(batch_size, len(pairs))
+    device, batch_size = pairs.device, min(batch_size, len(pairs))
     judge = Judge(pairs.images.shape[-1], pairs.tokens.shape[1]).to(device)
     opt = proxy_stage.adamw(judge, 2e-3)
     for k in range(steps):
@@ -225,18 +226,19 @@ def evaluate(net, test, judge, reference, seed):
 
 
 # ---- one arm, all arms -----------------------------------------------------------------------
-def run_arm(arm, seed, args, settings, pairs, test, judge, reference):
+def run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress):
     """Train on the arm's pairs from scratch and evaluate. Returns the result row and images."""
     rows = choose_rows(arm, pairs, args.out, seed)
     torch.manual_seed(seed)                                # all arms start from the same weights
-    net = proxy_stage.build_proxy(settings, pairs.images.device)
-    steps, began = args.epochs * (len(rows) // args.batch_size), time.time()
+    net = proxy_stage.build_proxy(settings, pairs.device)
+    steps = args.epochs * (len(rows) // args.batch_size)
     if not steps:
         raise SystemExit(f"{arm.name}: {len(rows)} pairs are fewer than --batch-size")
-    proxy_stage.train(net, pairs.take(rows), steps, args.batch_size, args.lr, seed, decay=DECAY)
-    seconds = time.time() - began
+    proxy_stage.train(net, pairs.take(rows), steps, args.batch_size, args.lr, seed, decay=DECAY,
+                      progress=progress)
+    seconds = progress.seconds
     numbers, images = evaluate(net, test, judge, reference, args.seed)
-    shares = {name: np.mean(np.array(pairs.strata)[rows] == name)
+    shares = {name: float(np.mean(np.array(pairs.strata)[rows] == name))
               for name in proxy_stage.STRATUM_COLOURS if name in pairs.strata}
     return {"arm": arm.name, "seed": seed, "pairs": len(rows), "steps": steps,
             "seconds": seconds, **numbers, **shares}, images
@@ -244,19 +246,24 @@ def run_arm(arm, seed, args, settings, pairs, test, judge, reference):
 
 def run_all(arms, args, settings, pairs, test, judge, reference):
     """Every arm under every seed; out/results.csv grows with each. Returns rows and samples."""
-    results, samples = [], {}
-    for seed in range(args.seed, args.seed + args.seeds):
-        for arm in arms:
-            result, images = run_arm(arm, seed, args, settings, pairs, test, judge, reference)
-            results.append(result)
-            samples.setdefault(arm.name, images[:8].cpu())
-            proxy_stage.print0(f"seed {seed}  {arm.name:26} " + "  ".join(
-                f"{name} {result[name]:.3f}" for name in METRICS)
-                + f"  {result['seconds']:.0f} s")
-            proxy_stage.write_csv(Path(args.out) / "results.csv", list(result), [
-                [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()]
-                for row in results])
-    return results, samples
+    inputs = [Path(args.out) / f"{arm.ratings}.csv" for arm in arms if arm.ratings] + args.selected
+    state = [[str(file), Path(file).stat().st_mtime_ns] for file in inputs]
+    progress = proxy_stage.Progress(
+        Path(args.out) / "results.progress", "05_train_eval.py",
+        {**vars(args), "proxy": vars(settings), "inputs": state}, args.save_every)
+    results = progress.kept.setdefault("results", [])
+    samples = progress.kept.setdefault("samples", {})      # {arm: (8, 3, H, W)}
+    work = [(seed, arm) for seed in range(args.seed, args.seed + args.seeds) for arm in arms]
+    for seed, arm in work[len(results):]:
+        result, images = run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress)
+        results.append(result)
+        samples.setdefault(arm.name, images[:8].cpu())
+        proxy_stage.print0(f"seed {seed}  {arm.name:26} " + "  ".join(
+            f"{name} {result[name]:.3f}" for name in METRICS) + f"  {result['seconds']:.0f} s")
+        proxy_stage.write_csv(Path(args.out) / "results.csv", list(result), [
+            [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in results])
+        progress.begin_next()
+    return results, samples, progress
 
 
 # ---- tables and figures ----------------------------------------------------------------------
@@ -692,19 +699,19 @@ class Moments:
         return int(n), mu, (sums[1:, 1:] - n * np.outer(mu, mu)) / (n - 1)
 
 
-def measure_images(judge, path, batch_size=50):
+def measure_images(judge, path, out, batch_size=50):
     """Moments of all images in `path`, and the cosines of those that have a caption."""
-    records, skipped = proxy_stage.find_records(path)
-    records = [record for record in records if "at" in record]
+    shards, skipped = proxy_stage.open_pairs(path, 0, 0, out), {}
     found, cosines, batch = Moments(2048), [], []
-    for k in range(proxy_stage.rank(), len(records) + 1, proxy_stage.world()):
-        if k < len(records):
+    for row in range(proxy_stage.rank(), len(shards) + proxy_stage.world(), proxy_stage.world()):
+        if row < len(shards):
+            key, files = shards.read(row)
             try:
-                image = proxy_stage.open_image(proxy_stage.read_member(*records[k]["at"]))
-                batch.append((image_ops.pil_to_tensor(image), proxy_stage.caption_of(records[k])))
-            except proxy_stage.UNREADABLE as error:
-                skipped[f"unreadable image: {type(error).__name__}"].append(records[k]["name"])
-        if batch and (len(batch) == batch_size or k + proxy_stage.world() > len(records)):
+                image = proxy_stage.open_image(proxy_stage.find_image(files))
+                batch.append((image_ops.pil_to_tensor(image), proxy_stage.read_caption(files)))
+            except Exception as error:                     # decoders of broken files raise anything
+                skipped.setdefault(f"unreadable image: {type(error).__name__}", {})[key] = True
+        if batch and (len(batch) == batch_size or row >= len(shards)):
             f, unit = judge.embed_pixels([image for image, _ in batch])
             found.add(f)
             named = [row for row, (_, caption) in enumerate(batch) if caption]
@@ -712,7 +719,7 @@ def measure_images(judge, path, batch_size=50):
                 text = judge.embed_captions([batch[row][1] for row in named])
                 cosines += (unit[named] * text).sum(1).tolist()
             batch = []
-    proxy_stage.print_skipped(path, skipped)
+    proxy_stage.print_skipped(skipped)
     sums = torch.tensor([len(cosines), sum(cosines), np.square(cosines).sum()]).double()
     return found.finish(), proxy_stage.add_up(sums).tolist()
 
@@ -722,7 +729,7 @@ def evaluate_files(args, device):
     for path in filter(None, (args.evaluate, args.reference)):
         proxy_stage.find_places(path)
     judge = StandardJudge(args, device)
-    (n, mu, S), (captioned, total, squares) = measure_images(judge, args.evaluate)
+    (n, mu, S), (captioned, total, squares) = measure_images(judge, args.evaluate, args.out)
     if args.save_statistics and proxy_stage.rank() == 0:
         np.savez(args.save_statistics, mu=mu, sigma=S, count=n)
     if args.reference:
@@ -730,7 +737,7 @@ def evaluate_files(args, device):
             saved = np.load(args.reference, allow_pickle=False)
             reference = saved["mu"], saved["sigma"]
         else:
-            (count, *reference), _ = measure_images(judge, args.reference)
+            (count, *reference), _ = measure_images(judge, args.reference, args.out)
         fid = frechet_distance(mu, S, *reference)
         few = " (fewer images than 2049: the bias of a small sample outweighs most differences)"
         proxy_stage.print0(f"FID {fid:.4f} of {n} images{few if n < 2049 else ''}")
@@ -761,8 +768,7 @@ def parse_args(argv=None):
     return args
 
 
-def main(args):
-    device = proxy_stage.start(args)
+def main(args, device):
     if args.evaluate:
         return evaluate_files(args, device)
     settings, _ = proxy_stage.load_proxy(args.out)
@@ -778,14 +784,16 @@ def main(args):
              f"{len(other)} real images of the validation split are at distance "
              f"{again['distance']:.3f}")
     proxy_stage.print0(floor)
-    results, samples = run_all(arms, args, settings, pairs, test, judge, reference)
+    results, samples, progress = run_all(arms, args, settings, pairs, test, judge, reference)
     table = tabulate(results, arms, floor)
     if proxy_stage.rank() == 0:
-        (out / "results.md").write_text(table, encoding="utf-8")
+        with proxy_stage.whole(out / "results.md") as file:
+            file.write(table)
         draw_results(out / "results.png", results, arms)
         draw_samples(out / "samples.png", samples, test)
+    progress.finish()
     proxy_stage.print0(f"\n{table}\nwrote {out}/results.csv, .md, .png and samples.png")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    proxy_stage.launch(main, parse_args())

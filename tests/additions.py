@@ -40,25 +40,26 @@ def measure(name, changes, args):
         setattr(rater_stage, key, changes[key])
     flags = rater_stage.parse_args(["--out", args.out, "--seed", str(args.seed), "--tau",
                                     str(changes.get("tau", 1.0))])
-    settings, warm = proxy_stage.load_proxy(args.out)
+    settings, snapshots = proxy_stage.load_proxy(args.out)
     torch.manual_seed(args.seed)
     pairs, val, _ = proxy_stage.load_data(settings, "cpu")
     nets = {key: proxy_stage.build_proxy(settings, "cpu") for key in ("proxy", "ref")}
     for net in nets.values():
-        net.load_state_dict(warm)
+        net.load_state_dict(snapshots[settings.steps])
     nets["rater"] = rater_stage.Rater(settings.size, settings.patch, settings.words)
-    rows, _ = rater_stage.learn(nets, pairs, val, flags, pairs.batch(np.arange(8)))
+    progress = proxy_stage.Progress()
+    rater_stage.learn(nets, pairs, val, flags, pairs.batch(np.arange(8)), progress)
     for key, value in kept.items():
         setattr(rater_stage, key, value)
     with torch.no_grad():
         x, c = pairs.batch(np.arange(len(pairs)))
-        logits = nets["rater"].logits(score_stage.features(nets["rater"], x, c, 512)).numpy()
-    strata, log = np.array(pairs.strata), np.array(rows)[-100:]
+        logits = nets["rater"].logits(nets["rater"].features(x, c)).numpy()
+    strata, log = np.array(pairs.strata), np.array(progress.log)[-100:]
     good = logits[strata == "informative"]
     cells = [score_stage.auc(good, logits[strata == other]) for other in
              ("chaotic-noise", "chaotic-caption", "plain")]
-    cells += [log[:, rater_stage.COLUMNS.index(c)].min() for c in ("ess", "W_batch")]
-    cells += [log[:, rater_stage.COLUMNS.index("W_batch")].max()]
+    cells += [log[:, rater_stage.COLUMNS.index(c) - 1].min() for c in ("ess", "W_batch")]
+    cells += [log[:, rater_stage.COLUMNS.index("W_batch") - 1].max()]
     return f"| {name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |"
 
 

@@ -25,6 +25,14 @@ def run(command, launcher=()):
                           capture_output=True, text=True, timeout=600)
 
 
+def launch(stage, number, flags):
+    """Run one stage in this process; flags: a list of words."""
+    module = stage(number)
+    if number == 4:
+        return module.main(module.parse_args(flags))
+    return stage(1).launch(module.main, module.parse_args(flags))
+
+
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
     """Folder with the results of the whole chain in smoke mode on toy pairs."""

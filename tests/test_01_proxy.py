@@ -141,8 +141,12 @@ def write_table(folder, kind):
         (folder / "metadata.jsonl").write_text("\n".join(lines + ["not json"]), encoding="utf-8")
 
 
+def read_pairs(stage, path):
+    return stage(1).keep_resident(stage(1).open_pairs(path, 16, 8))
+
+
 def test_reader_of_tar_shards(stage, tmp_path, capsys):
-    pairs = stage(1).read_pairs(write_tar(tmp_path), 16, 8)
+    pairs = read_pairs(stage, write_tar(tmp_path))
     assert len(pairs) == len(GOOD) + 1 and pairs.images.shape == (8, 3, 16, 16)
     assert pairs.captions[pairs.keys.index("j")] == "from json"
     assert pairs.strata[pairs.keys.index("j")] == "plain"
@@ -152,7 +156,7 @@ def test_reader_of_tar_shards(stage, tmp_path, capsys):
 
 def test_reader_of_a_folder_and_colour_modes(stage, tmp_path):
     write_folder(tmp_path)
-    pairs = stage(1).read_pairs(tmp_path, 16, 8)
+    pairs = read_pairs(stage, tmp_path)
     assert len(pairs) == len(GOOD)
     colour = {key: image[:, 8, 8].tolist() for key, image in zip(pairs.keys, pairs.images)}
     assert colour["a clear"] == [255] * 3            # transparent: white below
@@ -162,7 +166,7 @@ def test_reader_of_a_folder_and_colour_modes(stage, tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_reader_of_tables(stage, tmp_path, capsys, kind):
     write_table(tmp_path, kind)
-    pairs = stage(1).read_pairs(tmp_path, 16, 8)
+    pairs = read_pairs(stage, tmp_path)
     assert len(pairs) == len(GOOD) and pairs.captions[1] == "table, grey.png"
     assert "image file missing" in capsys.readouterr().out
 
@@ -170,13 +174,13 @@ def test_reader_of_tables(stage, tmp_path, capsys, kind):
 def test_damaged_shard_keeps_what_came_before(stage, tmp_path, capsys):
     path = write_tar(tmp_path)
     path.write_bytes(path.read_bytes()[:6000])
-    assert len(stage(1).read_pairs(path, 16, 8)) >= 1
+    assert len(read_pairs(stage, path)) >= 1
     assert "damaged" in capsys.readouterr().out
 
 
 def test_clear_errors(stage, tmp_path):
     args = SimpleNamespace(data=str(tmp_path), val=None, size=16, words=8, seed=0, batch_size=64,
-                           smoke=False)
+                           smoke=False, out=None)
     write_folder(tmp_path)
     for change, part in (({"data": "nowhere"}, "nowhere: no such file"), ({}, "fewer than")):
         with pytest.raises(SystemExit, match=part):

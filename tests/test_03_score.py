@@ -15,22 +15,43 @@ def rated(stage):
     return nets | {"rater": stage(2).Rater(16, 4, 8, width=16, depth=1), "group_size": 8}, pairs
 
 
-def test_scores_ignore_batch_size_and_order_of_work(stage, rated):
+def rate(stage, nets, pairs, path, stop_after=None):
+    """Ratings (N, 5) as stage 3 writes them; ends early where a chunk count is given."""
+    progress = stage(1).Progress(f"{path}.progress", "03_score.py", {}, save_every=0)
+    if stop_after:
+        stage(1).Progress.stop = 15 if stop_after == progress.step + 1 else 0
+    stage(3).score(nets, pairs, path, 3, progress)
+    return np.loadtxt(path, delimiter=",", skiprows=1, usecols=range(1, 6))
+
+
+def test_scores_ignore_the_order_of_work(stage, rated, tmp_path):
     nets, pairs = rated
-    whole = stage(3).score(nets, pairs, 512, seed=3)
-    assert np.ptp(whole, axis=0).min() > 1e-6                     # all four columns say something
-    assert np.allclose(whole, stage(3).score(nets, pairs, 100, seed=3), atol=1e-5)
-    pool_rows = np.sort(np.random.default_rng([3, 1280]).permutation(1280)[:stage(3).POOL])
-    with torch.no_grad():
-        pool = stage(3).features(nets["rater"], *pairs.batch(pool_rows), 512)
-    parts = {k: stage(3).score_chunk(nets, pairs, pool, k, 512, 3).numpy() for k in (2, 0, 1)}
+    whole = rate(stage, nets, pairs, tmp_path / "r.csv")
+    assert len(whole) == 1280 and np.ptp(whole, axis=0).min() > 1e-6     # every column says something
+    pool = stage(3).draw_pool(nets["rater"], pairs, 3)
+    parts = {k: stage(3).score_chunk(nets, pairs.take(range(512 * k, min(512 * k + 512, 1280))),
+                                     pool, k, 3).numpy() for k in (2, 0, 1)}
     assert np.allclose(whole, np.concatenate([parts[k] for k in (0, 1, 2)]), atol=1e-5)
+
+
+def test_scoring_continues_where_it_was_stopped(stage, rated, tmp_path):
+    """Stopped after the first chunk, and with half a line written after the last save."""
+    nets, pairs = rated
+    whole = rate(stage, nets, pairs, tmp_path / "whole.csv")
+    with pytest.raises(SystemExit) as stop:
+        rate(stage, nets, pairs, tmp_path / "r.csv", stop_after=1)
+    stage(1).Progress.stop = 0
+    assert stop.value.code == 128 + 15
+    with open(tmp_path / "r.csv", "a") as file:
+        file.write("train000512,0.1,0.")
+    assert np.array_equal(rate(stage, nets, pairs, tmp_path / "r.csv"), whole)
+    assert (tmp_path / "r.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 def test_group_rating_is_the_mean_over_groups_that_hold_the_pair(stage, rated):
     nets, pairs = rated
     with torch.no_grad():
-        f = stage(3).features(nets["rater"], *pairs.batch(range(64)), 64)
+        f = nets["rater"].features(*pairs.batch(range(64)))
         rating = stage(3).group_rating(nets["rater"], f[:3], f, 8, stage(1).seeded("cpu", 1))
         drawn = torch.randint(64, (stage(3).CHUNK, stage(3).GROUPS, 7),
                               generator=stage(1).seeded("cpu", 1))

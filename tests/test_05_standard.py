@@ -310,7 +310,8 @@ def test_evaluate_tool_on_folders(stage, weights, tmp_path, capsys):
     weights.append(f"--out={tmp_path}/out")
     for extra in ([f"--reference={tmp_path}/real", f"--save-statistics={tmp_path}/s.npz"],
                   [f"--reference={tmp_path}/s.npz"]):
-        stage(5).main(stage(5).parse_args([f"--evaluate={tmp_path}/drawn", *extra, *weights]))
+        flags = [f"--evaluate={tmp_path}/drawn", *extra, *weights]
+        stage(1).launch(stage(5).main, stage(5).parse_args(flags))
     said = capsys.readouterr().out
     first, second = [float(line.split()[1]) for line in said.splitlines() if line[:3] == "FID"]
     assert first > 1e-3 > abs(second) and "of 5 images" in said and "bias" in said

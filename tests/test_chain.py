@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, TORCHRUN, run
+from conftest import ROOT, TORCHRUN, launch, run
 
 HEALTH = ["ess", "W_batch"]
 PHOTOS = ROOT.parent / "shared" / "data" / "photos"
@@ -67,8 +67,7 @@ def test_strata_decide_nothing(stage, chain, tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                          # as the chain ran: sums in the same order
     for number, flags in ((1, []), (2, []), (3, []), (4, ["--method", "topk"])):
-        module = stage(number)
-        module.main(module.parse_args(["--smoke", "--out", str(tmp_path), *flags]))
+        launch(stage, number, ["--smoke", "--out", str(tmp_path), *flags])
     torch.set_num_threads(threads)
     one, two = read(chain / "ratings.csv"), read(tmp_path / "ratings.csv")
     assert [row["stratum"] for row in one] != [row["stratum"] for row in two]

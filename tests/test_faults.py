@@ -1,0 +1,208 @@
+"""Runs that are killed, stopped, starved or doubled: nothing is lost, and the same command goes on."""
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, TORCHRUN, run
+
+# Runs a stage and sends itself a signal at the n-th call of one function: inside a step, a save, ...
+DEADLY = """
+import importlib, os, sys
+sys.path.insert(0, sys.argv[1])
+name, place, function, number, count = sys.argv[2:7]
+module = importlib.import_module(place)
+alive, calls = getattr(module, function), 0
+def deadly(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == int(count) and os.environ.get("RANK", "1") == "1":
+        os.kill(os.getpid(), int(number))
+    return alive(*args, **kwargs)
+setattr(module, function, deadly)
+stage = importlib.import_module(name)
+importlib.import_module("01_proxy").launch(stage.main, stage.parse_args(sys.argv[7:]))
+"""
+
+
+def run_deadly(tmp_path, command, place, count, number=signal.SIGKILL, launcher=()):
+    """Run 'FILE --flags', killed at the count-th call of place = 'module.function'."""
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    file, *flags = command.split()
+    words = [str(tmp_path / "deadly.py"), str(ROOT), file.removesuffix(".py"),
+             *place.split("."), str(int(number)), str(count), *flags]
+    return subprocess.run([sys.executable, *launcher, *words], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+
+
+def same_tensors(one, two):
+    """Every tensor in two files of `save`, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same_tensors(one[k], two[k]) for k in one)
+    return True
+
+
+def without_clock(path):
+    with open(path, newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def compare(one, two, names):
+    for name in names:
+        if name.endswith(".pt"):
+            files = [torch.load(folder / name, weights_only=True) for folder in (one, two)]
+            for part in ("snapshots", "weights"):
+                assert same_tensors(files[0].get(part), files[1].get(part)), name
+        else:
+            assert without_clock(one / name) == without_clock(two / name), name
+    assert not list(two.glob("*.progress")) and not list(two.glob("*.part"))
+
+
+# Stage: files given to it, its results, and between which calls of what it is killed.
+KILLED = {
+    "01_proxy.py": (0, ["proxy.pt", "proxy.csv"],
+                    {"01_proxy.descend": (3, 12), "os.replace": (2, 9)}),
+    "02_meta_rater.py": (1, ["rater.pt", "rater.csv"],
+                         {"01_proxy.descend": (4, 36), "os.replace": (2, 9)}),
+    "03_score.py": (2, ["ratings.csv"], {"os.replace": (2, 6), "03_score.score_chunk": (1, 2)}),
+    "05_train_eval.py": (4, ["results.csv"],
+                         {"01_proxy.descend": (3, 60), "os.replace": (3, 90)})}
+GIVEN = ("proxy.pt", "rater.pt", "ratings.csv", "ratings-loss.csv")
+
+
+@pytest.mark.parametrize("stage_file", KILLED)
+def test_killed_at_random_moments_and_continued_is_bit_identical(chain, tmp_path, stage_file):
+    """SIGKILL inside a step, and in the middle of a save; then the plain command finishes."""
+    rng, (given, results, places) = np.random.default_rng(len(stage_file)), KILLED[stage_file]
+    for name in GIVEN[:given]:
+        shutil.copy(chain / name, tmp_path)
+    command, said = f"{stage_file} --smoke --save-every 0 --out {tmp_path}", ""
+    for place, between in places.items():
+        done = run_deadly(tmp_path, command, place, rng.integers(*between))
+        said += done.stdout
+        # the second run may have less left to do than its number of calls, and finish
+        assert done.returncode in (0, -signal.SIGKILL), done.stdout + done.stderr
+    done = run(command)
+    assert done.returncode == 0 and "continuing from" in said + done.stdout, done.stderr
+    compare(chain, tmp_path, results)
+
+
+def test_killed_under_torchrun(chain, tmp_path):
+    """The second of two processes is killed; the launcher ends the first; both continue."""
+    for folder in ("broken", "whole"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(chain / "proxy.pt", tmp_path / folder)
+    command = "02_meta_rater.py --smoke --save-every 0 --signal loss --out "
+    done = run_deadly(tmp_path, f"{command}{tmp_path}/broken", "01_proxy.descend", 19,
+                      launcher=TORCHRUN)
+    assert done.returncode and (tmp_path / "broken/rater-loss.progress").exists(), done.stderr
+    for folder in ("broken", "whole"):
+        done = run(f"{command}{tmp_path}/{folder}", TORCHRUN)
+        assert done.returncode == 0, done.stderr
+    compare(tmp_path / "whole", tmp_path / "broken", ["rater-loss.pt", "rater-loss.csv"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_polite_stop_finishes_the_step_and_says_how_to_go_on(chain, tmp_path, number):
+    command = f"01_proxy.py --smoke --out {tmp_path}"
+    done = run_deadly(tmp_path, command, "01_proxy.descend", 5, number)
+    assert done.returncode == 128 + number and "Traceback" not in done.stderr
+    assert "stopped after step 5: the same command continues" in done.stdout
+    done = run(f"02_meta_rater.py --smoke --out {tmp_path}")
+    assert done.returncode == 1 and "01_proxy.py was interrupted" in done.stderr
+    assert run(command).returncode == 0
+    compare(chain, tmp_path, ["proxy.pt", "proxy.csv"])
+
+
+def test_a_stop_reaches_both_processes(chain, tmp_path):
+    """Only one of two processes gets the signal; both save the same step and leave."""
+    command = f"01_proxy.py --smoke --out {tmp_path}"
+    done = run_deadly(tmp_path, command, "01_proxy.descend", 4, signal.SIGTERM, TORCHRUN)
+    assert "stopped after step 4" in done.stdout, done.stderr
+    assert run(command, TORCHRUN).returncode == 0
+    losses = [[float(row["loss"]) for row in without_clock(folder / "proxy.csv")]
+              for folder in (chain, tmp_path)]
+    assert np.allclose(*losses, atol=1e-5)
+
+
+def test_a_full_disk_is_one_line_and_earlier_files_survive(chain, tmp_path):
+    shutil.copy(chain / "proxy.pt", tmp_path)
+    before = (tmp_path / "proxy.pt").read_bytes()
+    for name in ("proxy.progress", "proxy.pt"):
+        (tmp_path / f"{name}.part").symlink_to("/dev/full")
+        done = run(f"01_proxy.py --smoke --save-every {'0' if 'gress' in name else '60'} "
+                   f"--out {tmp_path}")
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert f"{name} cannot be written" in done.stderr
+        assert (tmp_path / "proxy.pt").read_bytes() == before
+
+
+def test_a_second_run_in_the_same_folder_is_refused(stage, tmp_path):
+    with stage(1).claim(tmp_path):
+        done = run(f"01_proxy.py --smoke --out {tmp_path}")
+        assert done.returncode == 1 and "is in use by another run" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert run(f"01_proxy.py --smoke --out {tmp_path}").returncode == 0
+
+
+@pytest.fixture()
+def unfinished(stage, tmp_path):
+    """progress(**settings): a Progress of stage 1 at `path`, where one was saved at step 3."""
+    path = tmp_path / "proxy.progress"
+
+    def progress(written_by="01_proxy.py", **settings):
+        return stage(1).Progress(path, written_by, {"lr": 0.1, "steps": 9, **settings}, 0)
+    first = progress()
+    first.attach(net=torch.nn.Linear(2, 1))
+    for _ in range(3):
+        first.advance(torch.tensor([1.0]))
+    stage(1).Progress.running = False
+    return progress, path
+
+
+def test_foreign_and_damaged_checkpoints_are_refused(unfinished):
+    progress, path = unfinished
+    assert progress().step == 3 and progress(out="elsewhere").step == 3
+    with pytest.raises(SystemExit, match="begun with lr = 0.1, not 0.2"):
+        progress(lr=0.2)
+    with pytest.raises(SystemExit, match="not written by 02_meta_rater.py"):
+        progress("02_meta_rater.py")
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(SystemExit, match="cannot be read"):
+        progress()
+
+
+def test_a_rater_of_another_proxy_is_refused(chain, tmp_path):
+    for name in ("proxy.pt", "rater.pt"):
+        shutil.copy(chain / name, tmp_path)
+    assert run(f"01_proxy.py --smoke --lr 0.001 --out {tmp_path}").returncode == 0
+    done = run(f"03_score.py --smoke --out {tmp_path}")
+    assert done.returncode == 1 and "grew from another" in done.stderr
+
+
+def test_nan_stops_at_its_step_and_names_the_pairs(stage, tmp_path):
+    """Weights of one infinite number: the loss is NaN at once, the earlier save stays good."""
+    pairs = stage(1).draw_toy(64, 16, 0, "val")
+    progress = stage(1).Progress(tmp_path / "p.progress", "01_proxy.py", {}, 0)
+    net, seen = stage(1).DiT(16, 4, 16, 1, 8), []
+
+    def poison(step):
+        seen.append(step)
+        if step == 3:
+            net.place.data[0, 0, 0] = float("inf")
+    with pytest.raises(SystemExit, match="step 4: .*nan.* val0000") as stop:
+        stage(1).train(net, pairs, 9, 8, 1e-3, 0, progress=progress, after=poison)
+    stage(1).Progress.running = False
+    assert seen == [1, 2, 3] and str(stop.value).count("val0000") == 8
+    rows = stage(1).batch_rows(64, 8, 3, 0)
+    assert all(pairs.keys[row] in str(stop.value) for row in rows)
+    saved = stage(1).load(tmp_path / "p.progress", "01_proxy.py")
+    assert saved["step"] == 3 and len(saved["log"]) == 3

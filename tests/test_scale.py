@@ -1,0 +1,117 @@
+"""Corpora larger than memory: the index, reading from tars, streaming scores, writing shards."""
+import csv
+import io
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import launch, run
+
+
+@pytest.fixture(scope="module")
+def tars(stage, tmp_path_factory):
+    """1,300 toy pairs in three tars, more than the workers' threshold, and the pairs themselves."""
+    folder, pairs = tmp_path_factory.mktemp("tars"), stage(1).draw_toy(1300, 16, 7, "train")
+    for number, rows in enumerate(np.array_split(np.arange(1300), 3)):
+        with tarfile.open(folder / f"train-{number}.tar", "w") as tar:
+            for row in rows:
+                file = io.BytesIO()
+                Image.fromarray(pairs.images[row].permute(1, 2, 0).numpy()).save(file, "PNG")
+                for kind, data in ((".png", file.getvalue()), (".txt", pairs.captions[row].encode()),
+                                   (".cls", b"kept as it is")):
+                    member = tarfile.TarInfo(pairs.keys[row] + kind)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return folder, pairs
+
+
+def test_index_finds_every_pair_and_reads_it_in_place(stage, tars):
+    """Random rows through the workers: the same pictures, captions and keys as were packed."""
+    folder, pairs = tars
+    shards = stage(1).open_pairs(folder / "train-*.tar", 16, 8)
+    assert len(shards) == 1300 and shards.entries.itemsize == 24
+    batches = np.random.default_rng(0).permutation(1300).reshape(10, 130)
+    for (rows, part), expected in zip(shards.parts(iter(batches)), batches):
+        assert (rows == expected).all() and part.keys == pairs.name(rows)
+        assert torch.equal(part.images, pairs.images[rows])
+        assert torch.equal(part.tokens, pairs.tokens[rows])
+    x, c = shards.batch([5, 900])
+    assert torch.equal(x, pairs.batch([5, 900])[0]) and torch.equal(c, pairs.tokens[[5, 900]])
+    keys = [pairs.keys[900], "nobody", pairs.keys[5]]
+    assert stage(1).find_rows(shards, keys).tolist() == [900, -1, 5]
+
+
+def test_index_is_kept_until_a_shard_changes(stage, tars, tmp_path, monkeypatch):
+    folder = shutil.copytree(tars[0], tmp_path / "tars")
+    assert len(stage(1).open_pairs(folder, 16, 8, tmp_path)) == 1300
+    with monkeypatch.context() as patch:
+        patch.setattr(stage(1), "index_shard", None)
+        assert len(stage(1).open_pairs(folder, 16, 8, tmp_path)) == 1300
+    (folder / "train-2.tar").unlink()
+    assert len(stage(1).open_pairs(folder, 16, 8, tmp_path)) < 1300
+
+
+def test_resident_or_from_disk_gives_the_same_ratings(stage, tars, tmp_path, monkeypatch):
+    """The chain on tars that fit into memory, and with a memory of 0 bytes."""
+    folder, _ = tars
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = []
+    for name, limit in (("resident", 2e9), ("disk", 0)):
+        monkeypatch.setattr(stage(1), "RESIDENT", limit)
+        out = tmp_path / name
+        for number, flags in ((1, ["--data", str(folder)]), (2, []), (3, [])):
+            launch(stage, number, ["--smoke", "--out", str(out), *flags])
+        with open(out / "ratings.csv", newline="") as file:
+            found.append(list(csv.DictReader(file)))
+    torch.set_num_threads(threads)
+    assert [row["key"] for row in found[0]] == [row["key"] for row in found[1]]
+    for column in ("instance", "group", "loss", "difference"):
+        one, two = ([float(row[column]) for row in rows] for rows in found)
+        assert np.allclose(one, two, atol=1e-5) and np.ptp(one) > 0
+    launch(stage, 5, ["--smoke", "--seeds", "1", "--out", str(out)])         # from disk, too
+    assert (out / "results.md").exists()
+
+
+def test_new_shards_hold_the_selected_pairs_byte_for_byte(stage, tars, tmp_path):
+    folder, pairs = tars
+    out = tmp_path / "out"
+    launch(stage, 1, ["--smoke", "--data", str(folder), "--out", str(out)])
+    lines = [f"{key},{k}" for k, key in enumerate(pairs.keys)]
+    (out / "ratings.csv").write_text("\n".join(["key,rating", *lines]))
+    done = run(f"04_select.py --method topk --keep 0.1 --out {out} --write-shards {tmp_path}/new")
+    assert done.returncode == 0 and "130 of 130 pairs" in done.stdout, done.stderr
+    old, new = {}, {}
+    for place, files in ((folder, old), (tmp_path / "new", new)):
+        for path in sorted(place.glob("*.tar")):
+            with tarfile.open(path) as tar:
+                files.update((member.name, tar.extractfile(member).read()) for member in tar)
+    assert len(new) == 3 * 130 and all(old[name] == data for name, data in new.items())
+    assert {name.split(".")[0] for name in new} == set(pairs.keys[-130:])
+    assert len(stage(1).open_pairs(tmp_path / "new", 16, 8)) == 130
+    np.save(out / "r.npy", np.arange(1300.0))                  # a .npy rates the rows of the corpus
+    run(f"04_select.py --method topk --keep 7 --out {out} --ratings {out}/r.npy "
+        f"--write-shards {tmp_path}/rows")
+    assert stage(1).open_pairs(tmp_path / "rows", 16, 8).name(range(7)) == pairs.keys[-7:]
+
+
+def test_every_training_pair_reaches_the_rater(stage, monkeypatch, tmp_path):
+    """One epoch of stage 2 shows all pairs of the training split, not only as many as validation."""
+    shown = {0: [], 1: []}
+    args = stage(2).parse_args(["--smoke", "--out", str(tmp_path)])
+    args.steps = 256 // args.batch_size
+    pairs, val = (stage(1).draw_toy(n, 16, 0, split) for n, split in ((256, "train"), (64, "val")))
+
+    def meta_step(nets, opts, train, val, rng, args):
+        for k, (x, _) in enumerate((train, val)):
+            shown[k] += [image.sum().item() for image in x]
+        return torch.zeros(8)
+    monkeypatch.setattr(stage(2), "meta_step", meta_step)
+    nets = {"rater": stage(2).Rater(16, 4, 8, 16, 1)}
+    stage(2).learn(nets, pairs, val, args, pairs.batch(range(8)), stage(1).Progress())
+    stage(1).Progress.running = False
+    assert len(set(shown[0])) == 256 and len(set(shown[1])) == 64
