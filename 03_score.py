@@ -11,8 +11,9 @@ once. Ratings are written chunk by chunk: memory does not grow with the corpus, 
 run continues. (The released code's ratings are softmaxes over the scoring batch: they depend on
 batch-mates, on file order, and grow in a short last batch.)
 
-Two baselines that need no rater stand beside it: `loss`, L(theta_hat; x_i) after stage 2, and
-`difference`, L(theta; x_i) - L(theta_hat; x_i), both the mean of 8 draws of t and eps.
+Baselines that need no rater stand beside it: `loss`, L(theta_hat; x_i) after stage 2, and
+`difference`, L(theta; x_i) - L(theta_hat; x_i), both the mean of 8 draws of t and eps; and three of
+the paper's heuristics, which look at the picture alone: `clarity`, `frequency`, `edges`.
 
 Reads    out/proxy.pt, out/rater.pt                       (--signal loss: out/rater-loss.pt)
 Writes   out/ratings.csv, out/ratings.png (histogram), out/ratings-bands.png (pictures by
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib import pyplot as plt
 
 proxy_stage = importlib.import_module("01_proxy")
@@ -41,7 +43,7 @@ GROUPS = 8                 # random groups per pair
 DRAWS = 8                  # of t and eps behind the two baselines
 BANDS = 10                 # percentile bands in the figures
 SHOWN = 1_000_000          # ratings at most that the report and the figures look at
-COLUMNS = ["key", "instance", "group", "rating", "loss", "difference", "stratum"]
+NUMBERS = ["instance", "group", "rating", "loss", "difference", "clarity", "frequency", "edges"]
 
 
 # ---- the score -------------------------------------------------------------------------------
@@ -69,9 +71,39 @@ def baselines(proxy, ref, x, c, rng):
     return sums.unbind(1)
 
 
+def otsu_threshold(values, bins=64):
+    """Threshold (B, 1) that splits values (B, P) into two classes, farthest apart (Otsu 1979)."""
+    top = values.amax(1, keepdim=True).clamp_min(1e-12)
+    place = (values / top * (bins - 1)).long()                                # (B, P)
+    share = torch.zeros(len(values), bins, device=values.device).scatter_add_(
+        1, place, torch.full_like(values, 1 / values.shape[1]))               # (B, bins)
+    below, mass = share.cumsum(1), (share * torch.arange(bins, device=values.device)).cumsum(1)
+    between = (mass[:, -1:] * below - mass).square() / (below * (1 - below)).clamp_min(1e-6)
+    return top * (between.argmax(1, keepdim=True) + 1) / (bins - 1)
+
+
+def heuristics(x):
+    """clarity, frequency, edges (B, 3) of pictures (B, 3, H, W), without caption or network.
+
+    Variance of the Laplacian; energy above a quarter of the sampling rate; share of pixels whose
+    Sobel gradient is above Otsu's threshold. High is rated high.
+    """
+    grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")     # (B, 1, H+2, W+2)
+    laplace = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])
+    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    kernels = torch.stack([laplace, sobel, sobel.T])[:, None].to(x.device)
+    curve, dx, dy = F.conv2d(grey, kernels).flatten(2).unbind(1)              # (B, H W) each
+    slope = torch.hypot(dx, dy)
+    rate = torch.fft.fftfreq(x.shape[-1], device=x.device)
+    high = torch.hypot(rate[:, None], rate) > 0.25                            # (H, W)
+    energy = torch.fft.fft2(x.mean(1)).abs().square()[:, high].mean(1)
+    edges = (slope >= otsu_threshold(slope)).float().mean(1)
+    return torch.stack([curve.var(1), energy, edges], 1)
+
+
 @torch.no_grad()
 def score_chunk(nets, part, pool, chunk, seed):
-    """Numbers (B, 5) as in COLUMNS, from instance to difference, of the pairs of one chunk."""
+    """The NUMBERS (B, 8) of the pairs of one chunk."""
     x, c = part.batch(np.arange(len(part)))
     f = nets["rater"].features(x, c)                                          # (B, D)
     rng = proxy_stage.seeded(x.device, seed, "score", chunk)
@@ -79,7 +111,8 @@ def score_chunk(nets, part, pool, chunk, seed):
     group = group_rating(nets["rater"], f, pool, nets["group_size"], rng)     # (B,)
     rating = instance + group.log()                        # log W_i, but for eq. 7's normaliser
     return torch.stack([instance, group, rating,
-                        *baselines(nets["proxy"], nets["ref"], x, c, rng)], 1)
+                        *baselines(nets["proxy"], nets["ref"], x, c, rng),
+                        *heuristics(x).unbind(1)], 1)
 
 
 @torch.no_grad()
@@ -102,7 +135,7 @@ def score(nets, pairs, path, seed, progress):
         file.seek(progress.kept.get("bytes", 0))           # what came after the last save is redone
         file.truncate()
         writer = csv.writer(file)
-        writer.writerows([] if progress.step else [COLUMNS])
+        writer.writerows([] if progress.step else [["key", *NUMBERS, "stratum"]])
         for rows, part in pairs.parts(chunks):
             lines = []
             if len(part):
@@ -117,11 +150,12 @@ def score(nets, pairs, path, seed, progress):
 
 
 def read_ratings(path):
-    """keys, numbers (n, 5) and strata of up to SHOWN ratings, spread evenly over the file."""
+    """keys, the NUMBERS (n, 8) and strata of up to SHOWN ratings, spread evenly over the file."""
     with open(path, encoding="utf-8", newline="") as file:
         stride = max(1, sum(1 for _ in file) // SHOWN)
     columns = []
-    for kind, which in ((str, 0), (float, range(1, 6)), (str, 6)):
+    last = len(NUMBERS) + 1
+    for kind, which in ((str, 0), (float, range(1, last)), (str, last)):
         with open(path, encoding="utf-8", newline="") as file:
             columns.append(np.loadtxt(itertools.islice(file, 1, None, stride), kind, usecols=which,
                                       delimiter=",", quotechar='"', comments=None,
@@ -274,11 +308,13 @@ def main(args, device):
         return
     os.replace(f"{stem}.csv.part", f"{stem}.csv")
     keys, numbers, strata = read_ratings(f"{stem}.csv")
-    rating, loss, difference = numbers[:, 2:].T
+    rating, loss, difference = numbers[:, 2:5].T
     percentile, rows = percentiles(rating), proxy_stage.find_rows(pairs, keys)
     report(strata, rating, "rating")
     report(strata, -loss, "-loss, no rater")
     report(strata, -difference, "-difference, no rater")
+    for name in ("clarity", "frequency", "edges"):
+        report(strata, numbers[:, NUMBERS.index(name)], f"{name}, no model")
     print_bands(strata, percentile)
     draw_histogram(f"{stem}.png", rating, percentile, strata)
     draw_bands(f"{stem}-bands.png", pairs, rows, percentile, args.seed)

@@ -39,6 +39,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
 METHODS = ("shift-gsample", "gsample", "topk", "block", "random")
+RANKINGS = ("rating", "instance", "loss", "difference", "clarity", "frequency", "edges")
 
 
 # ---- eq. 11 and its rivals -------------------------------------------------------------------
@@ -119,7 +120,7 @@ def read_ratings(path, rank_by):
         if len(again):
             raise SystemExit(f"{path}: key {keys[again.min()]} stands there more than once, again "
                              f"in row {again.min() + 1}")
-    return keys, rating if rank_by == "rating" else -rating, strata
+    return keys, -rating if rank_by in ("loss", "difference") else rating, strata
 
 
 def read_rows(path, kind):
@@ -197,7 +198,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ratings", type=Path, help="CSV of stage 3, or .npy (default: in --out)")
-    parser.add_argument("--rank-by", choices=["rating", "loss", "difference"], default="rating")
+    parser.add_argument("--rank-by", choices=RANKINGS, default="rating",
+                        help="column to sort by; of loss and difference, low is rated high")
     parser.add_argument("--method", choices=METHODS, default="shift-gsample")
     parser.add_argument("--keep", type=float, default=0.5, help="share up to 1, or a count")
     parser.add_argument("--drop", type=float, default=0.25, help="n of eq. 11: share of the head")

@@ -17,9 +17,10 @@ OpenAI's CLIP score. --metrics standard uses the public networks of both instead
 does so for images that already exist. Full data and a random selection are always among the arms.
 
 Reads    out/proxy.pt, out/ratings.csv, out/ratings-loss.csv, or --selected CSV files of stage 4
-Writes   out/results.csv (a row per arm and seed), out/results.md, out/results.png,
-         out/samples.png (all arms under the same captions and noise)
+Writes   out/results.csv (a row per arm and seed), .md, .png, and out/results-samples.png (all arms
+         under the same captions and noise); --arms NAME: the same with out/results-NAME
 Run      python 05_train_eval.py                          five minutes on two cores
+         python 05_train_eval.py --arms main --seeds 5               the paper's Table 1
          python 05_train_eval.py --selected out/selected-topk-0.5.csv --seeds 1
          python 05_train_eval.py --evaluate DRAWN --reference REAL       FID and CLIP score alone
          torchrun --nproc-per-node 2 05_train_eval.py
@@ -60,42 +61,66 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Stude
 
 # ---- arms ------------------------------------------------------------------------------------
 class Arm(NamedTuple):
-    """A selection: which ratings, which rule, how much. `file` holds keys instead of a rule."""
+    """A selection: which ratings, sorted by what, which rule, how much; or a `file` of stage 4."""
     name: str
     ratings: str = ""          # stem of the ratings file in --out, '' where none is needed
     method: str = "random"
     keep: float = 1.0
     settings: dict = {}
+    rank_by: str = "rating"
     file: str = ""
 
 
 # Drawn up from the decile tables of stage 3, before any arm was trained: under eq. 6 the head is
 # the informative part (percentiles 0-45 of the toy pairs), under eq. 9 the middle (30-75).
-ARMS = [
-    Arm("full"),
-    Arm("random 50%", keep=0.5),
-    Arm("random 20%", keep=0.2),
-    Arm("eq. 6, Top-K 50%", "ratings", "topk", 0.5),
-    Arm("eq. 6, Shift-Gsample 50%", "ratings", "shift-gsample", 0.5),
-    Arm("eq. 6, Top-K 20%", "ratings", "topk", 0.2),
-    Arm("eq. 6, Gsample 20%", "ratings", "gsample", 0.2, {"mean": 0.22, "std": 0.12}),
-    Arm("eq. 9, Top-K 50%", "ratings-loss", "topk", 0.5),
-    Arm("eq. 9, Shift-Gsample 50%", "ratings-loss", "shift-gsample", 0.5),
-    Arm("eq. 9, Shift-Gsample 20%", "ratings-loss", "shift-gsample", 0.2),
-]
+EQ6, EQ9 = "ratings", "ratings-loss"
+BELL = {"mean": 0.22, "std": 0.12}
+FULL, HALF, FIFTH = Arm("full"), Arm("random 50%", keep=0.5), Arm("random 20%", keep=0.2)
+DEFAULT = [
+    FULL, HALF, FIFTH,
+    Arm("eq. 6, Top-K 50%", EQ6, "topk", 0.5),
+    Arm("eq. 6, Shift-Gsample 50%", EQ6, "shift-gsample", 0.5),
+    Arm("eq. 6, Top-K 20%", EQ6, "topk", 0.2),
+    Arm("eq. 6, Gsample 20%", EQ6, "gsample", 0.2, BELL),
+    Arm("eq. 9, Top-K 50%", EQ9, "topk", 0.5),
+    Arm("eq. 9, Shift-Gsample 50%", EQ9, "shift-gsample", 0.5),
+    Arm("eq. 9, Shift-Gsample 20%", EQ9, "shift-gsample", 0.2)]
+ARMS = {                   # --arms: the default, and the paper's tables and figures in miniature
+    "default": DEFAULT,
+    "main": DEFAULT + [    # Table 1
+        Arm("eq. 6, Gsample 50%", EQ6, "gsample", 0.5, BELL),
+        Arm("eq. 9, Gsample 50%", EQ9, "gsample", 0.5),
+        Arm("eq. 9, Block 50%", EQ9, "block", 0.5),
+        Arm("eq. 9, Gsample 20%", EQ9, "gsample", 0.2),
+        Arm("eq. 9, Block 20%", EQ9, "block", 0.2),
+        *(Arm(f"{name}, Top-K 50%", EQ6, "topk", 0.5, rank_by=name)
+          for name in ("loss", "difference", "clarity", "frequency", "edges"))],
+    "group": [FULL, HALF, *(   # Table 4: with and without the Group MLP
+        Arm(f"{label}, {method} 50%, {with_}", stem, method, 0.5, settings, rank_by)
+        for stem, label, methods in ((EQ6, "eq. 6", {"topk": {}, "gsample": BELL}),
+                                     (EQ9, "eq. 9", {"shift-gsample": {}}))
+        for method, settings in methods.items()
+        for with_, rank_by in (("both MLPs", "rating"), ("Instance MLP", "instance")))],
+    "retention": [FULL, *(     # Fig. 1
+        Arm(f"{label} {keep:.0%}", stem, method, keep)
+        for keep in (0.1, 0.2, 0.3, 0.4, 0.5)
+        for label, stem, method in (("random", "", "random"), ("eq. 6, Top-K", EQ6, "topk"),
+                                    ("eq. 9, Shift-Gsample", EQ9, "shift-gsample")))],
+}
 
 
 def choose_rows(arm, pairs, out, seed):
     """Corpus rows (n,) of an arm, drawn anew for each seed where its rule draws."""
-    if arm.keep == 1 and not arm.file:
-        return np.arange(len(pairs))
+    if arm.file.endswith(".npy"):
+        return select_stage.read_rows(arm.file, int)
     if not arm.ratings and not arm.file:
-        return select_stage.select(np.zeros(len(pairs)), "random", arm.keep, seed=seed)[0]
+        return (np.arange(len(pairs)) if arm.keep == 1 else
+                select_stage.select(np.zeros(len(pairs)), "random", arm.keep, seed=seed)[0])
     path = Path(arm.file or Path(out) / f"{arm.ratings}.csv")
     if arm.file:
         keys = select_stage.read_column(path, 0, str)
     else:
-        keys, rating, _ = select_stage.read_ratings(path, "rating")
+        keys, rating, _ = select_stage.read_ratings(path, arm.rank_by)
         rows, _ = select_stage.select(rating, arm.method, arm.keep, seed=seed, **arm.settings)
         keys = keys[rows]
     rows = proxy_stage.find_rows(pairs, keys)
@@ -106,14 +131,15 @@ def choose_rows(arm, pairs, out, seed):
 
 
 def list_arms(args, pairs):
-    """The default arms, those whose ratings exist; or full, random and one per --selected file."""
+    """The arms of --arms whose ratings exist; or full, random and one per --selected file."""
     if args.selected:
-        counts = {file: len(select_stage.read_column(file, 0, str)) for file in args.selected}
-        return [Arm("full"), *(Arm(f"random {n}", keep=n) for n in sorted(set(counts.values()))),
-                *(Arm(Path(file).stem, file=file) for file in args.selected)]
-    found = [arm for arm in ARMS
+        arms = [Arm(Path(file).stem, file=file) for file in args.selected]
+        counts = sorted({len(choose_rows(arm, pairs, args.out, 0)) for arm in arms})
+        return [FULL, *(Arm(f"random {n}", keep=n) for n in counts), *arms]
+    arms = ARMS[args.arms]
+    found = [arm for arm in arms
              if not arm.ratings or (Path(args.out) / f"{arm.ratings}.csv").exists()]
-    for stem in sorted({arm.ratings for arm in ARMS} - {arm.ratings for arm in found}):
+    for stem in sorted({arm.ratings for arm in arms} - {arm.ratings for arm in found}):
         proxy_stage.print0(f"{args.out}/{stem}.csv is missing: its arms are left out")
     return found
 
@@ -244,12 +270,17 @@ def run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress):
             "seconds": seconds, **numbers, **shares}, images
 
 
+def name_results(args):
+    """out/results, or out/results-ARMS where --arms is not the default."""
+    return Path(args.out) / ("results" if args.arms == "default" else f"results-{args.arms}")
+
+
 def run_all(arms, args, settings, pairs, test, judge, reference):
     """Every arm under every seed; out/results.csv grows with each. Returns rows and samples."""
     inputs = [Path(args.out) / f"{arm.ratings}.csv" for arm in arms if arm.ratings] + args.selected
     state = [[str(file), Path(file).stat().st_mtime_ns] for file in inputs]
     progress = proxy_stage.Progress(
-        Path(args.out) / "results.progress", "05_train_eval.py",
+        f"{name_results(args)}.progress", "05_train_eval.py",
         {**vars(args), "proxy": vars(settings), "inputs": state}, args.save_every)
     results = progress.kept.setdefault("results", [])
     samples = progress.kept.setdefault("samples", {})      # {arm: (8, 3, H, W)}
@@ -258,9 +289,9 @@ def run_all(arms, args, settings, pairs, test, judge, reference):
         result, images = run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress)
         results.append(result)
         samples.setdefault(arm.name, images[:8].cpu())
-        proxy_stage.print0(f"seed {seed}  {arm.name:26} " + "  ".join(
+        proxy_stage.print0(f"seed {seed}  {arm.name:30} " + "  ".join(
             f"{name} {result[name]:.3f}" for name in METRICS) + f"  {result['seconds']:.0f} s")
-        proxy_stage.write_csv(Path(args.out) / "results.csv", list(result), [
+        proxy_stage.write_csv(f"{name_results(args)}.csv", list(result), [
             [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in results])
         progress.begin_next()
     return results, samples, progress
@@ -754,6 +785,7 @@ def parse_args(argv=None):
         __doc__, batch_size=(64, "pairs, all processes"), epochs=(16, "over every selection"),
         seeds=(3, "paired repetitions"), lr=(5e-3, "of the downstream model"),
         judge_steps=(500, "of the network behind distance, score and match"))
+    parser.add_argument("--arms", choices=ARMS, default="default", help="which comparison")
     parser.add_argument("--selected", nargs="+", default=[], help="CSV files of stage 4 as arms")
     parser.add_argument("--metrics", choices=["mini", "standard"], default="mini",
                         help="own small network, or FID's Inception and OpenAI's CLIP")
@@ -773,7 +805,7 @@ def main(args, device):
         return evaluate_files(args, device)
     settings, _ = proxy_stage.load_proxy(args.out)
     pairs, val, test = proxy_stage.load_data(settings, device)
-    arms, out = list_arms(args, pairs), Path(args.out)
+    arms, stem = list_arms(args, pairs), name_results(args)
     judge = (StandardJudge(args, device) if args.metrics == "standard"
              else train_judge(val, args.judge_steps, args.seed))
     (x, _), (other, _) = (split.batch(np.arange(min(DRAWN, len(split)))) for split in (test, val))
@@ -787,12 +819,12 @@ def main(args, device):
     results, samples, progress = run_all(arms, args, settings, pairs, test, judge, reference)
     table = tabulate(results, arms, floor)
     if proxy_stage.rank() == 0:
-        with proxy_stage.whole(out / "results.md") as file:
+        with proxy_stage.whole(f"{stem}.md") as file:
             file.write(table)
-        draw_results(out / "results.png", results, arms)
-        draw_samples(out / "samples.png", samples, test)
+        draw_results(f"{stem}.png", results, arms)
+        draw_samples(f"{stem}-samples.png", samples, test)
     progress.finish()
-    proxy_stage.print0(f"\n{table}\nwrote {out}/results.csv, .md, .png and samples.png")
+    proxy_stage.print0(f"\n{table}\nwrote {stem}.csv, .md, .png and {stem}-samples.png")
 
 
 if __name__ == "__main__":

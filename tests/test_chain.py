@@ -20,7 +20,8 @@ def read(path):
 
 
 def test_the_chain_writes_what_its_docstrings_promise(chain):
-    names = ["proxy.pt", "proxy.csv", "proxy.png", "results.md", "results.png", "samples.png"]
+    names = ["proxy.pt", "proxy.csv", "proxy.png", "results.md", "results.png",
+             "results-samples.png"]
     for stem in ("rater", "rater-loss"):
         names += [f"{stem}.{kind}" for kind in ("pt", "csv", "png")]
     for stem in ("ratings", "ratings-loss"):
