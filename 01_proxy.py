@@ -471,11 +471,11 @@ def open_pairs(path, size, words, out=None):
         sources = [source for place in places for source in index_folder(place, skipped)]
         entries = np.array([(k, 0, 0, hash_key(source.key)) for k, source in enumerate(sources)],
                            ENTRY)
-    _, first = np.unique(entries["hash"], return_index=True)
-    pairs = Shards(sources, entries[np.sort(first)], size, words)
-    for row in np.setdiff1d(np.arange(len(entries)), first):
-        key, _ = Shards(sources, entries, size, words).read(row)
-        skipped.setdefault("key seen before", {})[f"{key}, row {row}"] = True
+    again = np.ones(len(entries), bool)
+    again[np.unique(entries["hash"], return_index=True)[1]] = False           # the first of a key
+    pairs = Shards(sources, entries[~again], size, words)
+    for row, key in enumerate(Shards(sources, entries[again], size, words).name(range(again.sum()))):
+        skipped.setdefault("key seen before", {})[f"{key} ({row})"] = True
     print_skipped(skipped)
     if not len(pairs):
         raise SystemExit(f"{path}: no readable pair; README, 'Your own pairs', has the layouts")

@@ -1,0 +1,108 @@
+"""What a web-scale corpus costs: index, reading, scoring and selection, measured on this machine.
+
+    python tests/scale.py --pairs 1000000          packs small pairs into tars in a temporary folder
+
+Prints a Markdown table. Memory for thirty million pairs is computed from the measured index.
+"""
+import argparse
+import importlib
+import io
+import os
+import resource
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+proxy_stage, rater_stage, score_stage = (importlib.import_module(name) for name in (
+    "01_proxy", "02_meta_rater", "03_score"))
+PER_TAR, WEB = 10_000, 30_000_000
+
+
+def pack(folder, count):
+    """`count` pairs of a 64 x 64 JPEG and a caption, 10,000 to a tar; returns bytes a pair."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+    Image.fromarray(noise).resize((64, 64)).save(file, "JPEG")
+
+    def member(name, data):
+        header = tarfile.TarInfo(name)
+        header.size = len(data)
+        return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+    for first in range(0, count, PER_TAR):
+        with open(folder / f"{first // PER_TAR:06d}.tar", "wb") as tar:
+            for k in range(first, min(first + PER_TAR, count)):
+                tar.write(member(f"{k:09d}.jpg", file.getvalue())
+                          + member(f"{k:09d}.txt", b"a coloured pattern, number %d" % k))
+            tar.write(bytes(1024))
+
+
+def timed(function):
+    began = time.perf_counter()
+    value = function()
+    return value, time.perf_counter() - began
+
+
+def rate_of(batches):
+    """Pairs a second that come out of an iterator of (rows, pairs)."""
+    count, seconds = timed(lambda: sum(len(part) for _, part in batches))
+    return f"{count / seconds:,.0f} pairs a second"
+
+
+def score_rate(pairs):
+    """Pairs a second of stage 3 with untrained nets of the default size."""
+    nets = {name: proxy_stage.DiT(16, 4, 64, 3, 8) for name in ("proxy", "ref")}
+    nets |= {"rater": rater_stage.Rater(16, 4, 8), "group_size": 32}
+    with tempfile.NamedTemporaryFile() as file:
+        _, seconds = timed(lambda: score_stage.score(nets, pairs, file.name, 0,
+                                                     proxy_stage.Progress()))
+    return f"{len(pairs) / seconds:,.0f} pairs a second"
+
+
+def select_rows(folder):
+    """Seconds and gigabytes of stage 4 on thirty million ratings."""
+    ratings = np.random.default_rng(0).standard_normal(WEB, dtype=np.float32)
+    np.save(folder / "ratings.npy", ratings)
+    command = [sys.executable, str(ROOT / "04_select.py"), "--ratings",
+               str(folder / "ratings.npy"), "--out", str(folder / "out")]
+    _, seconds = timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
+                                              env={**os.environ, "OMP_NUM_THREADS": "1"}))
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    return f"{seconds:.1f} s, {peak:.2f} GB"
+
+
+def main(count):
+    torch.set_num_threads(1)
+    print("| what | measured |\n|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        print(f"| selection of 30 million ratings (.npy), start to finish | {select_rows(folder)} |")
+        pack(folder, count)
+        pairs, first = timed(lambda: proxy_stage.open_pairs(folder, 16, 8, folder))
+        pairs, again = timed(lambda: proxy_stage.open_pairs(folder, 16, 8, folder))
+        each = pairs.entries.nbytes / len(pairs)
+        print(f"| index of {len(pairs):,} pairs | {first:.0f} s ({len(pairs) / first:,.0f} pairs a "
+              f"second), opened again in {again:.1f} s |")
+        print(f"| memory of the index | {each:.0f} bytes a pair, {each * WEB / 1e9:.2f} GB for 30 "
+              "million |")
+        rows = np.random.default_rng(0).permutation(len(pairs))[:20000].reshape(-1, 500)
+        ahead = np.arange(rows.size).reshape(rows.shape) % len(pairs)
+        print(f"| reading and decoding, in order | {rate_of(pairs.parts(iter(ahead)))} |")
+        print(f"| reading and decoding, at random | {rate_of(pairs.parts(iter(rows)))} |")
+        print(f"| scoring from tars | {score_rate(pairs.take(ahead.ravel()))} |")
+    toy = proxy_stage.draw_toy(4000, 16, 0, "train")
+    print(f"| scoring resident pairs, one thread | {score_rate(toy)} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pairs", type=int, default=1_000_000)
+    main(parser.parse_args().pairs)
