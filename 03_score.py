@@ -11,9 +11,10 @@ once. Ratings are written chunk by chunk: memory does not grow with the corpus, 
 run continues. (The released code's ratings are softmaxes over the scoring batch: they depend on
 batch-mates, on file order, and grow in a short last batch.)
 
-Baselines that need no rater stand beside it: `loss`, L(theta_hat; x_i) after stage 2, and
-`difference`, L(theta; x_i) - L(theta_hat; x_i), both the mean of 8 draws of t and eps; and three of
-the paper's heuristics, which look at the picture alone: `clarity`, `frequency`, `edges`.
+A rating costs one pass of the small rater. --baselines adds rankings that need no rater: `loss`,
+L(theta_hat; x_i) after stage 2, and `difference`, L(theta; x_i) - L(theta_hat; x_i), both the mean
+of 8 draws of t and eps, sixteen passes of a proxy; and three of the paper's heuristics, which look
+at the picture alone: `clarity`, `frequency`, `edges`.
 
 Reads    out/proxy.pt, out/rater.pt                       (--signal loss: out/rater-loss.pt)
 Writes   out/ratings.csv, out/ratings.png (histogram), out/ratings-bands.png (pictures by
@@ -24,9 +25,9 @@ Run      python 03_score.py                               twenty seconds on two 
 """
 import csv
 import importlib
-import io
 import itertools
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,8 @@ GROUPS = 8                 # random groups per pair
 DRAWS = 8                  # of t and eps behind the two baselines
 BANDS = 10                 # percentile bands in the figures
 SHOWN = 1_000_000          # ratings at most that the report and the figures look at
-NUMBERS = ["instance", "group", "rating", "loss", "difference", "clarity", "frequency", "edges"]
+NUMBERS = ["instance", "group", "rating"]
+BASELINES = ["loss", "difference", "clarity", "frequency", "edges"]
 
 
 # ---- the score -------------------------------------------------------------------------------
@@ -102,17 +104,17 @@ def heuristics(x):
 
 
 @torch.no_grad()
-def score_chunk(nets, part, pool, chunk, seed):
-    """The NUMBERS (B, 8) of the pairs of one chunk."""
+def score_chunk(nets, part, pool, chunk, seed, with_baselines=False):
+    """The NUMBERS (B, 3), with BASELINES (B, 8), of the pairs of one chunk."""
     x, c = part.batch(np.arange(len(part)))
     f = nets["rater"].features(x, c)                                          # (B, D)
     rng = proxy_stage.seeded(x.device, seed, "score", chunk)
     instance = nets["rater"].logits(f)                                        # (B,)
     group = group_rating(nets["rater"], f, pool, nets["group_size"], rng)     # (B,)
-    rating = instance + group.log()                        # log W_i, but for eq. 7's normaliser
-    return torch.stack([instance, group, rating,
-                        *baselines(nets["proxy"], nets["ref"], x, c, rng),
-                        *heuristics(x).unbind(1)], 1)
+    columns = [instance, group, instance + group.log()]    # log W_i, but for eq. 7's normaliser
+    if with_baselines:
+        columns += [*baselines(nets["proxy"], nets["ref"], x, c, rng), *heuristics(x).unbind(1)]
+    return torch.stack(columns, 1)
 
 
 @torch.no_grad()
@@ -123,23 +125,25 @@ def draw_pool(rater, pairs, seed):
     return torch.cat([rater.features(*part.batch(np.arange(len(part)))) for _, part in parts])
 
 
-def score(nets, pairs, path, seed, progress):
+def score(nets, pairs, path, seed, progress, with_baselines=False):
     """Write the lines of `path` in corpus order; processes share the chunks, the first writes."""
+    columns = ["key", *NUMBERS, *(BASELINES if with_baselines else []), "stratum"]
     progress.attach()
     pool = draw_pool(nets["rater"], pairs, seed)                              # (M, D)
     starts = range(progress.step * CHUNK, len(pairs), CHUNK * proxy_stage.world())
     chunks = (np.arange(start, min(start + CHUNK, len(pairs)))
               for start in (first + proxy_stage.rank() * CHUNK for first in starts))
     with (open(path, "r+" if progress.step else "w", newline="", encoding="utf-8")
-          if proxy_stage.rank() == 0 else io.StringIO()) as file:
+          if proxy_stage.rank() == 0 else tempfile.TemporaryFile("w")) as file:
         file.seek(progress.kept.get("bytes", 0))           # what came after the last save is redone
         file.truncate()
         writer = csv.writer(file)
-        writer.writerows([] if progress.step else [["key", *NUMBERS, "stratum"]])
+        writer.writerows([] if progress.step else [columns])
         for rows, part in pairs.parts(chunks):
             lines = []
             if len(part):
-                numbers = score_chunk(nets, part, pool, progress.step + proxy_stage.rank(), seed)
+                numbers = score_chunk(nets, part, pool, progress.step + proxy_stage.rank(), seed,
+                                      with_baselines)
                 lines = [(key, *(f"{v:.6g}" for v in row), stratum) for key, row, stratum in
                          zip(part.keys, numbers.tolist(), part.strata)]
             writer.writerows(proxy_stage.gather_lists(lines))
@@ -150,17 +154,17 @@ def score(nets, pairs, path, seed, progress):
 
 
 def read_ratings(path):
-    """keys, the NUMBERS (n, 8) and strata of up to SHOWN ratings, spread evenly over the file."""
+    """{column: (n,)} of up to SHOWN lines, spread evenly over the file."""
     with open(path, encoding="utf-8", newline="") as file:
+        columns = next(csv.reader(file))
         stride = max(1, sum(1 for _ in file) // SHOWN)
-    columns = []
-    last = len(NUMBERS) + 1
-    for kind, which in ((str, 0), (float, range(1, last)), (str, last)):
+    table = {}
+    for place, name in enumerate(columns):
         with open(path, encoding="utf-8", newline="") as file:
-            columns.append(np.loadtxt(itertools.islice(file, 1, None, stride), kind, usecols=which,
-                                      delimiter=",", quotechar='"', comments=None,
-                                      ndmin=2 if kind is float else 1))
-    return columns
+            table[name] = np.loadtxt(
+                itertools.islice(file, 1, None, stride), str if name in ("key", "stratum") else
+                float, usecols=place, delimiter=",", quotechar='"', comments=None, ndmin=1)
+    return table
 
 
 def percentiles(rating):
@@ -275,6 +279,7 @@ def parse_args(argv=None):
         __doc__, data=(None, "pairs to rate instead of the training pairs, same layouts"))
     parser.add_argument("--signal", choices=["difference", "loss"], default="difference",
                         help="which rater of stage 2")
+    parser.add_argument("--baselines", action="store_true", help="rankings without a rater, too")
     return parser.parse_args(argv)
 
 
@@ -303,25 +308,24 @@ def main(args, device):
     stem = Path(args.out) / f"ratings{rater_stage.suffix(args.signal)}"
     progress = proxy_stage.Progress(f"{stem}.progress", "03_score.py",
                                     {**vars(args), "pairs": len(pairs)}, args.save_every)
-    score(nets, pairs, f"{stem}.csv.part", args.seed, progress)
+    score(nets, pairs, f"{stem}.csv.part", args.seed, progress, args.baselines)
     if proxy_stage.rank():
         return
     os.replace(f"{stem}.csv.part", f"{stem}.csv")
-    keys, numbers, strata = read_ratings(f"{stem}.csv")
-    rating, loss, difference = numbers[:, 2:5].T
-    percentile, rows = percentiles(rating), proxy_stage.find_rows(pairs, keys)
+    table = read_ratings(f"{stem}.csv")
+    rating, strata = table["rating"], table["stratum"]
+    percentile, rows = percentiles(rating), proxy_stage.find_rows(pairs, table["key"])
     report(strata, rating, "rating")
-    report(strata, -loss, "-loss, no rater")
-    report(strata, -difference, "-difference, no rater")
-    for name in ("clarity", "frequency", "edges"):
-        report(strata, numbers[:, NUMBERS.index(name)], f"{name}, no model")
+    for name in BASELINES if args.baselines else []:
+        low_is_good = name in ("loss", "difference")
+        report(strata, -table[name] if low_is_good else table[name], f"{name}, no rater")
     print_bands(strata, percentile)
     draw_histogram(f"{stem}.png", rating, percentile, strata)
     draw_bands(f"{stem}-bands.png", pairs, rows, percentile, args.seed)
     draw_dynamics(f"{stem}-dynamics.png", settings, snapshots, pairs, rows, percentile,
                   draws=2 if args.smoke else 16)
     progress.finish()
-    print(f"\nwrote {stem}.csv and three figures: {len(pairs)} pairs in {progress.seconds:.0f} s")
+    print(f"\nwrote {stem}.csv and three figures: {len(pairs)} pairs in {progress.seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -73,39 +73,37 @@ class Arm(NamedTuple):
 
 # Drawn up from the decile tables of stage 3, before any arm was trained: under eq. 6 the head is
 # the informative part (percentiles 0-45 of the toy pairs), under eq. 9 the middle (30-75).
-EQ6, EQ9 = "ratings", "ratings-loss"
+EQ6, EQ9 = ("eq. 6", "ratings"), ("eq. 9", "ratings-loss")
 BELL = {"mean": 0.22, "std": 0.12}
+RULES = {"Top-K": "topk", "Block": "block", "Gsample": "gsample", "Shift-Gsample": "shift-gsample"}
 FULL, HALF, FIFTH = Arm("full"), Arm("random 50%", keep=0.5), Arm("random 20%", keep=0.2)
-DEFAULT = [
-    FULL, HALF, FIFTH,
-    Arm("eq. 6, Top-K 50%", EQ6, "topk", 0.5),
-    Arm("eq. 6, Shift-Gsample 50%", EQ6, "shift-gsample", 0.5),
-    Arm("eq. 6, Top-K 20%", EQ6, "topk", 0.2),
-    Arm("eq. 6, Gsample 20%", EQ6, "gsample", 0.2, BELL),
-    Arm("eq. 9, Top-K 50%", EQ9, "topk", 0.5),
-    Arm("eq. 9, Shift-Gsample 50%", EQ9, "shift-gsample", 0.5),
-    Arm("eq. 9, Shift-Gsample 20%", EQ9, "shift-gsample", 0.2)]
+
+
+def ruled(signal, rule, keep, rank_by="rating", note=""):
+    """The arm of one rule on the ratings of one signal."""
+    settings = BELL if (signal, rule) == (EQ6, "Gsample") else {}
+    return Arm(f"{signal[0]}, {rule} {keep:.0%}{note}", signal[1], RULES[rule], keep, settings,
+               rank_by)
+
+
 ARMS = {                   # --arms: the default, and the paper's tables and figures in miniature
-    "default": DEFAULT,
-    "main": DEFAULT + [    # Table 1
-        Arm("eq. 6, Gsample 50%", EQ6, "gsample", 0.5, BELL),
-        Arm("eq. 9, Gsample 50%", EQ9, "gsample", 0.5),
-        Arm("eq. 9, Block 50%", EQ9, "block", 0.5),
-        Arm("eq. 9, Gsample 20%", EQ9, "gsample", 0.2),
-        Arm("eq. 9, Block 20%", EQ9, "block", 0.2),
-        *(Arm(f"{name}, Top-K 50%", EQ6, "topk", 0.5, rank_by=name)
-          for name in ("loss", "difference", "clarity", "frequency", "edges"))],
-    "group": [FULL, HALF, *(   # Table 4: with and without the Group MLP
-        Arm(f"{label}, {method} 50%, {with_}", stem, method, 0.5, settings, rank_by)
-        for stem, label, methods in ((EQ6, "eq. 6", {"topk": {}, "gsample": BELL}),
-                                     (EQ9, "eq. 9", {"shift-gsample": {}}))
-        for method, settings in methods.items()
-        for with_, rank_by in (("both MLPs", "rating"), ("Instance MLP", "instance")))],
-    "retention": [FULL, *(     # Fig. 1
-        Arm(f"{label} {keep:.0%}", stem, method, keep)
-        for keep in (0.1, 0.2, 0.3, 0.4, 0.5)
-        for label, stem, method in (("random", "", "random"), ("eq. 6, Top-K", EQ6, "topk"),
-                                    ("eq. 9, Shift-Gsample", EQ9, "shift-gsample")))],
+    "default": [FULL, HALF, FIFTH,
+                ruled(EQ6, "Top-K", 0.5), ruled(EQ6, "Shift-Gsample", 0.5),
+                ruled(EQ6, "Top-K", 0.2), ruled(EQ6, "Gsample", 0.2),
+                ruled(EQ9, "Top-K", 0.5), ruled(EQ9, "Shift-Gsample", 0.5),
+                ruled(EQ9, "Shift-Gsample", 0.2)],
+    "main": [FULL, HALF, FIFTH,                            # Table 1: every rule on both signals,
+             *(ruled(signal, rule, keep) for signal in (EQ6, EQ9) for keep in (0.5, 0.2)
+               for rule in RULES),                         # and rankings that need no rater
+             *(Arm(f"{name}, Top-K 50%", EQ6[1], "topk", 0.5, rank_by=name)
+               for name in score_stage.BASELINES)],
+    "group": [FULL, HALF,                                  # Table 4: without the Group MLP
+              *(ruled(signal, rule, 0.5, rank_by, note)
+                for signal, rule in ((EQ6, "Top-K"), (EQ6, "Gsample"), (EQ9, "Shift-Gsample"))
+                for rank_by, note in (("rating", ""), ("instance", ", Instance MLP alone")))],
+    "retention": [FULL, *(arm for keep in (0.1, 0.2, 0.3, 0.4, 0.5) for arm in    # Fig. 1
+                          (Arm(f"random {keep:.0%}", keep=keep), ruled(EQ6, "Top-K", keep),
+                           ruled(EQ9, "Shift-Gsample", keep)))],
 }
 
 
@@ -136,11 +134,15 @@ def list_arms(args, pairs):
         arms = [Arm(Path(file).stem, file=file) for file in args.selected]
         counts = sorted({len(choose_rows(arm, pairs, args.out, 0)) for arm in arms})
         return [FULL, *(Arm(f"random {n}", keep=n) for n in counts), *arms]
-    arms = ARMS[args.arms]
-    found = [arm for arm in arms
-             if not arm.ratings or (Path(args.out) / f"{arm.ratings}.csv").exists()]
-    for stem in sorted({arm.ratings for arm in arms} - {arm.ratings for arm in found}):
-        proxy_stage.print0(f"{args.out}/{stem}.csv is missing: its arms are left out")
+    found = []
+    for arm in ARMS[args.arms]:
+        file = Path(args.out) / f"{arm.ratings}.csv"
+        header = file.open(encoding="utf-8").readline() if file.exists() else ""
+        if not arm.ratings or arm.rank_by in header.strip().split(","):
+            found.append(arm)
+        else:
+            proxy_stage.print0(f"{arm.name} is left out: {file} has no column {arm.rank_by} (run "
+                               "03_score.py, for rankings without a rater with --baselines)")
     return found
 
 
@@ -352,12 +354,12 @@ def tabulate(results, arms, floor):
 
 
 def colour_of(arm):
-    """Black for full data, grey for random, blue for eq. 6, orange for eq. 9, green for files."""
-    if arm.file:
+    """Black for full data, grey for random, blue for eq. 6, orange for eq. 9, green for others."""
+    if arm.file or arm.rank_by in score_stage.BASELINES:
         return "#009E73"
     if not arm.ratings:
         return "black" if arm.keep == 1 else "0.6"
-    return "#0072B2" if arm.ratings == "ratings" else "#D55E00"
+    return "#0072B2" if arm.ratings == EQ6[1] else "#D55E00"
 
 
 def draw_results(path, results, arms):

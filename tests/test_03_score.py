@@ -20,7 +20,7 @@ def rate(stage, nets, pairs, path, stop_after=None):
     progress = stage(1).Progress(f"{path}.progress", "03_score.py", {}, save_every=0)
     if stop_after:
         stage(1).Progress.stop = 15 if stop_after == progress.step + 1 else 0
-    stage(3).score(nets, pairs, path, 3, progress)
+    stage(3).score(nets, pairs, path, 3, progress, with_baselines=True)
     return np.loadtxt(path, delimiter=",", skiprows=1, usecols=range(1, 9))
 
 
@@ -30,7 +30,7 @@ def test_scores_ignore_the_order_of_work(stage, rated, tmp_path):
     assert len(whole) == 1280 and np.ptp(whole, axis=0).min() > 1e-6     # every column says something
     pool = stage(3).draw_pool(nets["rater"], pairs, 3)
     parts = {k: stage(3).score_chunk(nets, pairs.take(range(512 * k, min(512 * k + 512, 1280))),
-                                     pool, k, 3).numpy() for k in (2, 0, 1)}
+                                     pool, k, 3, True).numpy() for k in (2, 0, 1)}
     assert np.allclose(whole, np.concatenate([parts[k] for k in (0, 1, 2)]), atol=1e-5)
 
 

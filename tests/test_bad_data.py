@@ -149,7 +149,7 @@ def test_ratings_of_a_bad_corpus_belong_to_their_keys(stage, corpus, tmp_path, m
     found = []
     for resident in (2e9, 0):
         monkeypatch.setattr(stage(1), "RESIDENT", resident)
-        for number, extra in ((1, places), (2, []), (3, [])):
+        for number, extra in ((1, places), (2, []), (3, ["--baselines"])):
             launch(stage, number, flags + extra)
         text = np.loadtxt(tmp_path / "ratings.csv", str, delimiter=",", skiprows=1, quotechar='"')
         assert text[:, 0].tolist() == expected_keys()

@@ -72,7 +72,8 @@ KILLED = {
                     {"01_proxy.descend": (3, 12), "os.replace": (2, 9)}),
     "02_meta_rater.py": (1, ["rater.pt", "rater.csv"],
                          {"01_proxy.descend": (4, 36), "os.replace": (2, 9)}),
-    "03_score.py": (2, ["ratings.csv"], {"os.replace": (2, 6), "03_score.score_chunk": (1, 2)}),
+    "03_score.py --baselines": (2, ["ratings.csv"], {"os.replace": (2, 6),
+                                                     "03_score.score_chunk": (1, 2)}),
     "05_train_eval.py": (4, ["results.csv"],
                          {"01_proxy.descend": (3, 60), "os.replace": (3, 90)})}
 GIVEN = ("proxy.pt", "rater.pt", "ratings.csv", "ratings-loss.csv")

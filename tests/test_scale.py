@@ -64,7 +64,7 @@ def test_resident_or_from_disk_gives_the_same_ratings(stage, tars, tmp_path, mon
     for name, limit in (("resident", 2e9), ("disk", 0)):
         monkeypatch.setattr(stage(1), "RESIDENT", limit)
         out = tmp_path / name
-        for number, flags in ((1, ["--data", str(folder)]), (2, []), (3, [])):
+        for number, flags in ((1, ["--data", str(folder)]), (2, []), (3, ["--baselines"])):
             launch(stage, number, ["--smoke", "--out", str(out), *flags])
         with open(out / "ratings.csv", newline="") as file:
             found.append(list(csv.DictReader(file)))
