@@ -1,6 +1,8 @@
 """The five stages as a user runs them: tiny, over two processes, on files, on shuffled strata."""
 import csv
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +57,48 @@ def test_two_processes_do_what_one_does(chain, tmp_path):
             a, b = (np.array([float(row[column]) for row in rows]) for rows in (one, two))
             apart = abs(a - b).max()
             assert apart < (5e-3 if columns is HEALTH else 1e-5), (name, column, apart)
+
+
+# One meta step by plain SGD, from proxies that differ; its change of all three networks is saved.
+ONE_STEP = """
+import importlib, sys, torch
+sys.path.insert(0, sys.argv[1])
+proxy_stage, rater_stage = (importlib.import_module(name) for name in ("01_proxy", "02_meta_rater"))
+
+def main(args, device):
+    torch.manual_seed(0)
+    nets = {name: proxy_stage.DiT(16, 4, 16, 1, 8) for name in ("proxy", "ref")}
+    nets["rater"] = rater_stage.Rater(16, 4, 8, 16, 1)
+    for net in nets.values():
+        for p in net.parameters():
+            p.data += 0.1 * torch.randn(p.shape)
+    opts = {name: torch.optim.SGD(net.parameters(), 1e-3) for name, net in nets.items()}
+    pairs, val = (proxy_stage.draw_toy(32, 16, 0, split) for split in ("train", "val"))
+    before = {name: torch.cat([p.detach().flatten() for p in net.parameters()])
+              for name, net in nets.items()}
+    batches = [split.batch(proxy_stage.mine(range(32))) for split in (pairs, val)]
+    rater_stage.meta_step(nets, opts, *batches, proxy_stage.seeded(device, 0), args)
+    proxy_stage.save(sys.argv[2], "test", **{name: torch.cat(
+        [p.detach().flatten() for p in net.parameters()]) - before[name]
+        for name, net in nets.items()})
+
+proxy_stage.launch(main, rater_stage.parse_args(["--group-size", "8", *sys.argv[3:]]))
+"""
+
+
+@pytest.mark.parametrize("signal", ["difference", "loss"])
+def test_gradients_of_two_processes_are_those_of_the_joined_batch(tmp_path, signal):
+    (tmp_path / "step.py").write_text(ONE_STEP)
+    found = []
+    for name, launcher in (("one", ()), ("two", TORCHRUN)):
+        done = subprocess.run([sys.executable, *launcher, tmp_path / "step.py", ROOT,
+                               tmp_path / name, "--signal", signal, "--out", tmp_path],
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(tmp_path / name, weights_only=True))
+    for net in ("proxy", "ref", "rater"):
+        one, two = found[0][net], found[1][net]
+        assert one.norm() > 1e-4 and (one - two).norm() < 1e-4 * one.norm(), net
 
 
 def test_strata_decide_nothing(stage, chain, tmp_path, monkeypatch):
