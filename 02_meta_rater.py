@@ -74,16 +74,17 @@ class Rater(nn.Module):
         """Instance rating What_i of features (..., D) -> (...)."""
         return self.instance(f).squeeze(-1)
 
-    def group_weight(self, f):
-        """W_batch of groups of features (..., G, D) -> (..., 1), from their mean and variance."""
-        return self.group(torch.cat([f.mean(-2), f.var(-2, unbiased=False)], -1)).sigmoid()
+    def group_weight(self, mean, var):
+        """W_batch (..., 1) of groups whose features have this mean and variance (..., D)."""
+        return self.group(torch.cat([mean, var], -1)).sigmoid()
 
 
 def weigh(rater, x, c, group_size):
     """Eq. 7: W_inst (B / G, G), summing to 1 in every group of G pairs, and W_batch (B / G, 1)."""
     f = rater.features(x, c)                                                  # (B, D)
     W_inst = rater.logits(f).view(-1, group_size).softmax(1)                  # (B / G, G)   eq. 7
-    return W_inst, rater.group_weight(f.view(-1, group_size, f.shape[-1]))
+    groups = f.view(-1, group_size, f.shape[-1])                              # (B / G, G, D)
+    return W_inst, rater.group_weight(groups.mean(1), groups.var(1, unbiased=False))
 
 
 # ---- the meta-gradient -----------------------------------------------------------------------
@@ -138,7 +139,6 @@ def meta_step(nets, opts, train, val, rng, args):
     objective = rater_objective(W_inst, W_batch, s, s_group)                  # eqs. 6, 9
     W = (W_inst * W_batch).detach()                        # eq. 5 holds mu fixed; sums to W_batch
 
-    descend = proxy_stage.descend
     losses = {"rater": objective + args.tau * negative_entropy(W_inst, W_batch),
               "proxy": L_val.mean() + (W * L_theta).sum(1).mean(),                # eq. 5
               "ref": (W * L_hat).sum(1).mean()}                               # eq. 5, no g_val

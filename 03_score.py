@@ -3,13 +3,13 @@
 The weight of eq. 7 is only defined inside a batch. A score has to stand alone, so it keeps what
 belongs to the pair and averages the batch away:
 
-    rating_i = What_i + log(mean of W_batch over several random groups that hold pair i)
+    rating_i = What_i + log(mean of W_batch over several random groups that pair i joins)
 
-which is log W_i up to the softmax's normaliser. The groups of a pair are fixed by the seed and its
-row in the corpus; order of work and number of processes change nothing, and every pair is scored
-once. Ratings are written chunk by chunk: memory does not grow with the corpus, and an interrupted
-run continues. (The released code's ratings are softmaxes over the scoring batch: they depend on
-batch-mates, on file order, and grow in a short last batch.)
+which is log W_i up to the softmax's normaliser. All pairs join the same groups, so that a rating
+depends on its pair alone: batch-mates, order of work and number of processes change nothing. (The
+released code's ratings are softmaxes over the scoring batch: they depend on batch-mates and on file
+order, and grow in a short last batch.) Ratings are written chunk by chunk: memory does not grow
+with the corpus, and an interrupted run continues.
 
 A rating costs one pass of the small rater. --baselines adds rankings that need no rater: `loss`,
 L(theta_hat; x_i) after stage 2, and `difference`, L(theta; x_i) - L(theta_hat; x_i), both the mean
@@ -39,8 +39,7 @@ proxy_stage = importlib.import_module("01_proxy")
 rater_stage = importlib.import_module("02_meta_rater")
 
 CHUNK = 512                # corpus rows that share a stream of random numbers, scored at a time
-POOL = 2048                # pairs that companions are drawn from, so memory does not grow
-GROUPS = 8                 # random groups per pair
+GROUPS = 16                # random groups that every pair is tried in
 DRAWS = 8                  # of t and eps behind the two baselines
 BANDS = 10                 # percentile bands in the figures
 SHOWN = 1_000_000          # ratings at most that the report and the figures look at
@@ -49,16 +48,16 @@ BASELINES = ["loss", "difference", "clarity", "frequency", "edges"]
 
 
 # ---- the score -------------------------------------------------------------------------------
-def group_rating(rater, f, pool, group_size, rng):
-    """Mean W_batch (B,) of GROUPS groups per pair: its features f (B, D) with drawn companions.
+def group_rating(rater, f, companions):
+    """Mean W_batch (B,) over R groups: each pair's features f (B, D) beside the same companions.
 
-    pool (M, D) holds the features that companions come from.
+    companions (R, G - 1, D). A group's mean and variance follow from sums, so that a group costs
+    as much as a pair.
     """
-    drawn = torch.randint(len(pool), (CHUNK, GROUPS, group_size - 1), generator=rng,
-                          device=f.device)[:len(f)]                           # (B, R, G - 1)
-    own = f[:, None, None].expand(-1, GROUPS, 1, -1)                          # (B, R, 1, D)
-    groups = torch.cat([own, pool[drawn]], 2)                                 # (B, R, G, D)
-    return rater.group_weight(groups).mean((1, 2))                            # (B,)
+    size, f = companions.shape[1] + 1, f[:, None]                             # (B, 1, D)
+    mean = (f + companions.sum(1)) / size                                     # (B, R, D)
+    var = (f.square() + companions.square().sum(1)) / size - mean.square()    # (B, R, D)
+    return rater.group_weight(mean, var).mean((1, 2))                         # (B,)
 
 
 def baselines(proxy, ref, x, c, rng):
@@ -104,32 +103,35 @@ def heuristics(x):
 
 
 @torch.no_grad()
-def score_chunk(nets, part, pool, chunk, seed, with_baselines=False):
+def score_chunk(nets, part, companions, chunk, seed, with_baselines=False):
     """The NUMBERS (B, 3), with BASELINES (B, 8), of the pairs of one chunk."""
     x, c = part.batch(np.arange(len(part)))
     f = nets["rater"].features(x, c)                                          # (B, D)
-    rng = proxy_stage.seeded(x.device, seed, "score", chunk)
     instance = nets["rater"].logits(f)                                        # (B,)
-    group = group_rating(nets["rater"], f, pool, nets["group_size"], rng)     # (B,)
+    group = group_rating(nets["rater"], f, companions)                        # (B,)
     columns = [instance, group, instance + group.log()]    # log W_i, but for eq. 7's normaliser
     if with_baselines:
+        rng = proxy_stage.seeded(x.device, seed, "score", chunk)
         columns += [*baselines(nets["proxy"], nets["ref"], x, c, rng), *heuristics(x).unbind(1)]
     return torch.stack(columns, 1)
 
 
 @torch.no_grad()
-def draw_pool(rater, pairs, seed):
-    """Features (M, D) of up to POOL pairs, from which the companions of every pair are drawn."""
-    rows = np.random.default_rng([seed, len(pairs)]).permutation(len(pairs))[:POOL]
+def draw_companions(nets, pairs, seed):
+    """Features (R, G - 1, D) of random pairs: GROUPS groups in which one place is free."""
+    count = GROUPS * (nets["group_size"] - 1)
+    rows = np.random.default_rng([seed, len(pairs)]).permutation(len(pairs))[:count]
     parts = pairs.parts(np.array_split(np.sort(rows), -(-len(rows) // CHUNK)))
-    return torch.cat([rater.features(*part.batch(np.arange(len(part)))) for _, part in parts])
+    f = torch.cat([nets["rater"].features(*part.batch(np.arange(len(part)))) for _, part in parts])
+    order = np.random.default_rng(seed).permutation(count) % len(f)           # few pairs: again
+    return f[order].view(GROUPS, -1, f.shape[1])
 
 
 def score(nets, pairs, path, seed, progress, with_baselines=False):
     """Write the lines of `path` in corpus order; processes share the chunks, the first writes."""
     columns = ["key", *NUMBERS, *(BASELINES if with_baselines else []), "stratum"]
     progress.attach()
-    pool = draw_pool(nets["rater"], pairs, seed)                              # (M, D)
+    companions = draw_companions(nets, pairs, seed)                           # (R, G - 1, D)
     starts = range(progress.step * CHUNK, len(pairs), CHUNK * proxy_stage.world())
     chunks = (np.arange(start, min(start + CHUNK, len(pairs)))
               for start in (first + proxy_stage.rank() * CHUNK for first in starts))
@@ -142,14 +144,14 @@ def score(nets, pairs, path, seed, progress, with_baselines=False):
         for rows, part in pairs.parts(chunks):
             lines = []
             if len(part):
-                numbers = score_chunk(nets, part, pool, progress.step + proxy_stage.rank(), seed,
-                                      with_baselines)
+                chunk = progress.step + proxy_stage.rank()
+                numbers = score_chunk(nets, part, companions, chunk, seed, with_baselines)
                 lines = [(key, *(f"{v:.6g}" for v in row), stratum) for key, row, stratum in
                          zip(part.keys, numbers.tolist(), part.strata)]
             writer.writerows(proxy_stage.gather_lists(lines))
             file.flush()
             progress.kept["bytes"] = file.tell()
-            progress.advance(torch.tensor([len(lines)], device=pool.device),
+            progress.advance(torch.tensor([len(lines)], device=companions.device),
                              before_save=lambda: os.fsync(file.fileno()), by=proxy_stage.world())
 
 

@@ -144,9 +144,10 @@ def read_column(path, column, kind):
 
 
 def describe(strata, rows):
-    """The share of every stratum among `rows`, in words (analysis only)."""
-    names = sorted(set(strata) - {""})
-    return ", ".join(f"{np.mean(strata[rows] == name):.0%} {name}" for name in names)
+    """': ' and the share of every stratum among `rows`, or '' where none is known (analysis)."""
+    names = [] if strata is None else sorted(set(strata) - {""})
+    shares = [f"{np.mean(strata[rows] == name):.0%} {name}" for name in names]
+    return shares and ": " + ", ".join(shares) or ""
 
 
 def write_shards(folder, out, keys, rows, per_shard=10000):
@@ -230,8 +231,7 @@ def main(args):
     stem = Path(args.out) / f"selected{of}{by}-{args.method}-{args.keep:g}"
     file = write_selection(stem, rows, keys)
     draw_figure(f"{stem}.png", len(rating), w, args)
-    shares = f": {describe(strata, rows)}" if strata is not None else ""
-    print(f"wrote {file}, .png: {len(rows)} of {len(rating)} pairs{shares}")
+    print(f"wrote {file}, .png: {len(rows)} of {len(rating)} pairs{describe(strata, rows)}")
     if args.write_shards:
         write_shards(args.write_shards, args.out, None if keys is None else keys[rows], rows)
 

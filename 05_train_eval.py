@@ -35,7 +35,6 @@ import math
 import pickle
 import re
 import sys
-import time
 import unicodedata
 import zipfile
 from collections import OrderedDict

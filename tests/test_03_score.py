@@ -27,11 +27,13 @@ def rate(stage, nets, pairs, path, stop_after=None):
 def test_scores_ignore_the_order_of_work(stage, rated, tmp_path):
     nets, pairs = rated
     whole = rate(stage, nets, pairs, tmp_path / "r.csv")
-    assert len(whole) == 1280 and np.ptp(whole, axis=0).min() > 1e-6     # every column says something
-    pool = stage(3).draw_pool(nets["rater"], pairs, 3)
+    assert len(whole) == 1280 and np.ptp(whole, axis=0).min() > 1e-6     # no column is constant
+    companions = stage(3).draw_companions(nets, pairs, 3)
     parts = {k: stage(3).score_chunk(nets, pairs.take(range(512 * k, min(512 * k + 512, 1280))),
-                                     pool, k, 3, True).numpy() for k in (2, 0, 1)}
+                                     companions, k, 3, True).numpy() for k in (2, 0, 1)}
     assert np.allclose(whole, np.concatenate([parts[k] for k in (0, 1, 2)]), atol=1e-5)
+    one = stage(3).score_chunk(nets, pairs.take([700]), companions, 0, 3).numpy()
+    assert np.allclose(one, whole[700:701, :3], atol=1e-5)               # nor have batch-mates a say
 
 
 def test_scoring_continues_where_it_was_stopped(stage, rated, tmp_path):
@@ -48,16 +50,21 @@ def test_scoring_continues_where_it_was_stopped(stage, rated, tmp_path):
     assert (tmp_path / "r.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
-def test_group_rating_is_the_mean_over_groups_that_hold_the_pair(stage, rated):
+def test_group_rating_is_the_mean_over_groups_that_the_pair_joins(stage, rated):
+    """Against eq. 7's own weights of groups put together pair by pair."""
     nets, pairs = rated
+    size = nets["group_size"]
+    x, c = pairs.batch(range(3 + stage(3).GROUPS * (size - 1)))
     with torch.no_grad():
-        f = nets["rater"].features(*pairs.batch(range(64)))
-        rating = stage(3).group_rating(nets["rater"], f[:3], f, 8, stage(1).seeded("cpu", 1))
-        drawn = torch.randint(64, (stage(3).CHUNK, stage(3).GROUPS, 7),
-                              generator=stage(1).seeded("cpu", 1))
+        f = nets["rater"].features(x, c)
+        companions = f[3:].view(stage(3).GROUPS, size - 1, -1)
+        rating = stage(3).group_rating(nets["rater"], f[:3], companions)
         for i in range(3):
-            W = [nets["rater"].group_weight(torch.cat([f[i:i + 1], f[row]])) for row in drawn[i]]
-            assert torch.allclose(torch.stack(W).mean(), rating[i], atol=1e-6)
+            rows = [torch.tensor([i, *range(k, k + size - 1)]) for k in range(3, len(x), size - 1)]
+            W = [stage(2).weigh(nets["rater"], x[row], c[row], size)[1] for row in rows]
+            assert torch.allclose(torch.stack(W).mean(), rating[i], atol=1e-5)
+    drawn = stage(3).draw_companions(nets, pairs, 0)
+    assert drawn.shape == companions.shape and len(drawn.flatten(0, 1).unique(dim=0)) > size
 
 
 def test_baselines_are_the_losses_of_the_two_proxies(stage, rated):
