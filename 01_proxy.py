@@ -979,8 +979,23 @@ def options(description, **defaults):
                         help="an interrupted run loses this much at most")
     for name, (default, text) in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text,
-                            type=str if default is None else type(default))
+                            type={int: count, float: amount}.get(type(default), str))
     return parser
+
+
+def count(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def amount(text):
+    try:
+        if 0 <= float(text) < np.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
 
 
 def build_proxy(settings, device):

@@ -231,9 +231,9 @@ def suffix(signal):
 
 
 def main(args, device):
-    if args.batch_size % (args.group_size * proxy_stage.world()):
+    if args.group_size < 2 or args.batch_size % (args.group_size * proxy_stage.world()):
         raise SystemExit(f"--batch-size {args.batch_size} must be a multiple of --group-size "
-                         f"{args.group_size} times {proxy_stage.world()} processes")
+                         f"{args.group_size}, 2 or more, times {proxy_stage.world()} processes")
     settings, snapshots = proxy_stage.load_proxy(args.out)
     pairs, val, _ = proxy_stage.load_data(settings, device)
     nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}

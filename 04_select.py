@@ -212,8 +212,8 @@ def parse_args(argv=None):
     parser.add_argument("--smoke", action="store_true", help="accepted; this stage is quick")
     args = parser.parse_args(argv)
     args.ratings = args.ratings or Path(args.out) / "ratings.csv"
-    if args.std <= 0 or not 0 <= args.drop < 1:
-        parser.error("--std must be above 0 and --drop in [0, 1)")
+    if min(args.std, args.keep) <= 0 or not 0 <= args.drop < 1:
+        parser.error("--std and --keep must be above 0, --drop in [0, 1)")
     return args
 
 

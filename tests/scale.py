@@ -67,15 +67,20 @@ def score_rate(pairs):
     return f"{len(pairs) / seconds:,.0f} pairs a second"
 
 
-def select_rows(folder):
-    """Seconds and gigabytes of stage 4 on thirty million ratings."""
-    ratings = np.random.default_rng(0).standard_normal(WEB, dtype=np.float32)
-    np.save(folder / "ratings.npy", ratings)
+def select_rows(folder, kind, count):
+    """Seconds and gigabytes of stage 4, start to finish, on `count` ratings in a file."""
+    ratings = np.random.default_rng(0).standard_normal(count, dtype=np.float32)
+    if kind == "npy":
+        np.save(folder / "ratings.npy", ratings)
+    else:
+        lines = (f"{k:09d},{rating:.6g}\n" for k, rating in enumerate(ratings))
+        with open(folder / "ratings.csv", "w") as file:
+            file.writelines(["key,rating\n", *lines])
     command = [sys.executable, str(ROOT / "04_select.py"), "--ratings",
-               str(folder / "ratings.npy"), "--out", str(folder / "out")]
+               str(folder / f"ratings.{kind}"), "--out", str(folder / "out")]
     _, seconds = timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
                                               env={**os.environ, "OMP_NUM_THREADS": "1"}))
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6    # of the largest so far
     return f"{seconds:.1f} s, {peak:.2f} GB"
 
 
@@ -84,7 +89,8 @@ def main(count):
     print("| what | measured |\n|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        print(f"| selection of 30 million ratings (.npy), start to finish | {select_rows(folder)} |")
+        print(f"| selection of 3 million ratings, .csv | {select_rows(folder, 'csv', WEB // 10)} |")
+        print(f"| selection of 30 million ratings, .npy | {select_rows(folder, 'npy', WEB)} |")
         pack(folder, count)
         pairs, first = timed(lambda: proxy_stage.open_pairs(folder, 16, 8, folder))
         pairs, again = timed(lambda: proxy_stage.open_pairs(folder, 16, 8, folder))
