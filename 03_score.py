@@ -118,13 +118,15 @@ def score_chunk(nets, part, companions, chunk, seed, with_baselines=False):
 
 @torch.no_grad()
 def draw_companions(nets, pairs, seed):
-    """Features (R, G - 1, D) of random pairs: GROUPS groups in which one place is free."""
+    """Features (R, G - 1, D) of random pairs: GROUPS groups in which one place is free.
+
+    They are drawn by a hash of their keys, so that the order of the corpus has no say either.
+    """
     count = GROUPS * (nets["group_size"] - 1)
-    rows = np.random.default_rng([seed, len(pairs)]).permutation(len(pairs))[:count]
-    parts = pairs.parts(np.array_split(np.sort(rows), -(-len(rows) // CHUNK)))
+    rows = np.argsort(pairs.hashes() * np.uint64(2 * seed + 1))[:count]
+    parts = pairs.parts(np.array_split(rows, -(-len(rows) // CHUNK)))
     f = torch.cat([nets["rater"].features(*part.batch(np.arange(len(part)))) for _, part in parts])
-    order = np.random.default_rng(seed).permutation(count) % len(f)           # few pairs: again
-    return f[order].view(GROUPS, -1, f.shape[1])
+    return f[torch.arange(count) % len(f)].view(GROUPS, -1, f.shape[1])       # few pairs: again
 
 
 def score(nets, pairs, path, seed, progress, with_baselines=False):

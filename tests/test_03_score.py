@@ -34,6 +34,9 @@ def test_scores_ignore_the_order_of_work(stage, rated, tmp_path):
     assert np.allclose(whole, np.concatenate([parts[k] for k in (0, 1, 2)]), atol=1e-5)
     one = stage(3).score_chunk(nets, pairs.take([700]), companions, 0, 3).numpy()
     assert np.allclose(one, whole[700:701, :3], atol=1e-5)               # nor have batch-mates a say
+    mixed = np.random.default_rng(1).permutation(1280)
+    again = rate(stage, nets, pairs.take(mixed), tmp_path / "mixed.csv")
+    assert np.allclose(again[:, :3], whole[mixed, :3], atol=1e-5)        # nor the corpus' order
 
 
 def test_scoring_continues_where_it_was_stopped(stage, rated, tmp_path):
