@@ -1,0 +1,480 @@
+"""What eq. 6 is: beside the exact meta-gradient, over time, by validation set, and in a selection.
+
+    exact        does L_i(theta) - L_i(theta_hat) rank pairs like dL_val / dW_i through K unrolled
+                 steps, with one noise for both proxies and with two; does eq. 9; what does the
+                 exact gradient cost in time and memory?
+    distance     how many steps after theta and theta_hat parted does the difference find which
+                 stratum, and would one step's inner product <grad L_i, g_val> do? And does it matter
+                 that eq. 5 trains theta on training pairs too? (RHO-LOSS, arXiv 2206.07137, does not)
+    validation   how many trusted pairs does eq. 6 need, and how clean have they to be?
+    diversity    purity and coverage of what every rule selects, and the model trained on it
+
+    python tests/meta_gradient.py exact distance --seeds 5         TIME_A, one thread
+    python tests/meta_gradient.py validation diversity --seeds 3   TIME_B, one thread
+
+A seed redraws everything: the toy corpus, the warm proxy (made here as 01_proxy.py makes it), the
+rater, the downstream model. Prints Markdown tables, mean and 95 % interval (Student's t) over seeds;
+figures into --out. AUC = P(an informative pair is rated above one of the other stratum).
+"""
+import argparse
+import copy
+import functools
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+proxy_stage, rater_stage, score_stage, select_stage, eval_stage = (
+    importlib.import_module(name) for name in (
+        "01_proxy", "02_meta_rater", "03_score", "04_select", "05_train_eval"))
+
+OTHERS = ("chaotic-caption", "chaotic-noise", "plain")     # strata, beside the informative one
+LEVELS = (0.4, 0.6, 0.8, 0.95)                             # t of the loss that is looked at
+
+
+# ---- shared by all questions -----------------------------------------------------------------
+@functools.lru_cache(maxsize=None)
+def warm_up(seed, smoke):
+    """Settings, splits (train, val, test) and warm proxy, as 01_proxy.py --seed `seed` has them."""
+    settings = proxy_stage.parse_args(["--seed", str(seed)] + ["--smoke"] * smoke)
+    torch.manual_seed(seed)
+    splits = proxy_stage.load_data(settings, "cpu")
+    proxy = proxy_stage.build_proxy(settings, "cpu")
+    proxy_stage.train(proxy, splits[0], settings.steps, settings.batch_size, settings.lr, seed)
+    return settings, splits, proxy
+
+
+def compare_strata(rating, strata):
+    """AUC of informative pairs over every other stratum, (3,) in the order of OTHERS."""
+    good = rating[strata == "informative"]
+    return [score_stage.auc(good, rating[strata == other]) for other in OTHERS]
+
+
+def show(values, digits=3):
+    """'mean ± half-width of the 95 % interval' of one value per seed."""
+    mean, half = eval_stage.interval(values)
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
+
+
+def print_table(columns, rows):
+    proxy_stage.print0("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|\n"
+                       + "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n")
+
+
+# ---- exact: eq. 6 beside the unrolled meta-gradient ------------------------------------------
+UNROLLED, BETAS = (1, 2, 4, 8), (0.001, 0.01, 0.05)        # K, and the step size of eq. 5
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd keeps for a backward pass, every storage once."""
+
+    def __init__(self):
+        self.storages = {}
+        super().__init__(self.note, lambda tensor: tensor)
+
+    def __enter__(self):
+        super().__enter__()
+        return self
+
+    def note(self, tensor):
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def megabytes(self):
+        return sum(self.storages.values()) / 1e6
+
+
+def part_by_descent(proxy, train, val, W, beta, steps):
+    """theta and theta_hat after `steps` plain gradient steps of eq. 5 from one point."""
+    nets = copy.deepcopy(proxy), copy.deepcopy(proxy)
+    for _ in range(steps):
+        for net, with_val in zip(nets, (True, False)):
+            loss = (W * proxy_stage.flow_loss(net, *train)).sum()             # eq. 5
+            loss = loss + proxy_stage.flow_loss(net, *val).mean() if with_val else loss
+            grads = torch.autograd.grad(loss, list(net.parameters()))
+            with torch.no_grad():
+                for p, g in zip(net.parameters(), grads):
+                    p -= beta * g
+    return nets
+
+
+def rank_correlation(a, b):
+    """Spearman's, of two (B,)."""
+    return torch.corrcoef(torch.stack([a, b]).argsort(1).argsort(1).float())[0, 1].item()
+
+
+def compare_gradients(proxy, train, val, other, beta, steps):
+    """Rank correlation with the exact gradient: eq. 6 with one noise, with two, eq. 9; seconds of
+    the exact gradient over those of eq. 6. `other`: the training pairs under a second noise."""
+    W = torch.full((len(train[0]),), 1 / len(train[0]))                       # (B,)
+    start = time.process_time()
+    exact = rater_stage.exact_meta_gradient(proxy, train, val, W, beta, steps)    # (B,)
+    middle = time.process_time()
+    theta, hat = part_by_descent(proxy, train, val, W, beta, steps)
+    with torch.no_grad():
+        L_theta, L_hat = (proxy_stage.flow_loss(net, *train) for net in (theta, hat))
+        seconds = time.process_time() - middle
+        L_far = proxy_stage.flow_loss(hat, *other)                            # (B,)
+    signals = (L_theta - L_hat, L_theta - L_far, L_theta)
+    return [rank_correlation(s, exact) for s in signals] + [(middle - start) / seconds]
+
+
+def draw_pairs(seed, smoke, n=64):
+    """The warm proxy, n training pairs, n validation pairs, the training pairs in other noise."""
+    settings, (pairs, val, _), proxy = warm_up(seed, smoke)
+    (x, c), (x_val, c_val) = (split.batch(proxy_stage.batch_rows(len(split), n, 0, seed))
+                              for split in (pairs, val))
+    rng = proxy_stage.seeded("cpu", seed, "exact")
+    noises = [proxy_stage.draw_noise(x, rng, shift) for shift in
+              (rater_stage.T_SHIFT, 0.0, rater_stage.T_SHIFT)]
+    return proxy, (x, c, *noises[0]), (x_val, c_val, *noises[1]), (x, c, *noises[2])
+
+
+def measure_memory(proxy, train, val):
+    """MB kept for backward: one step of eq. 5, and the exact gradient at every K."""
+    W = torch.full((len(train[0]),), 1 / len(train[0]))
+    with SavedBytes() as one_step:
+        part_by_descent(proxy, train, val, W, 0.01, 1)
+    found = []
+    for steps in UNROLLED:
+        with SavedBytes() as unrolled:
+            rater_stage.exact_meta_gradient(proxy, train, val, W, 0.01, steps)
+        found.append(unrolled.megabytes())
+    return one_step.megabytes(), found
+
+
+def exact(args):
+    """A table: a row per K and step size."""
+    found = {}                                             # {(K, beta): [[4 numbers] per seed]}
+    for seed in range(args.seeds):
+        batches = draw_pairs(seed, args.smoke)
+        for steps in UNROLLED:
+            for beta in BETAS:
+                numbers = compare_gradients(*batches, beta, steps)
+                found.setdefault((steps, beta), []).append(numbers)
+                proxy_stage.print0(f"seed {seed}  K {steps}  beta {beta}  " + "  ".join(
+                    f"{number:.3f}" for number in numbers))
+    one_step, unrolled = measure_memory(*batches[:3])
+    rows = [[steps, beta, *(show(column) for column in np.transpose(numbers)[:3]),
+             show(np.transpose(numbers)[3], 1), f"{unrolled[UNROLLED.index(steps)]:.0f}"]
+            for (steps, beta), numbers in found.items()]
+    print_table(["K", "beta", "eq. 6, one noise", "eq. 6, two noises", "eq. 9",
+                 "time, exact / eq. 6", f"MB, exact (eq. 6: {one_step:.0f})"], rows)
+
+
+# ---- distance: the signal grows while the proxies part ---------------------------------------
+APART = (1, 3, 10, 20, 50, 100, 200, 400)                  # steps since they were one
+PART = 200                                                 # pairs in one forward pass
+PER_STRATUM = 400                                          # pairs looked at, all wrong captions
+
+
+def part_by_adamw(nets, pairs, val, seed, args, after):
+    """Eq. 5 with W_i = 1 / B: `proxy` on validation and training pairs, `ref` on training pairs,
+    `alone` on validation pairs only. The settings are those of stage 2, the rater is left out."""
+    opts = {name: proxy_stage.adamw(net, args.lr) for name, net in nets.items()}
+    batches = (proxy_stage.stream(split, proxy_stage.draw_batches(
+        len(split), args.batch_size, seed, 0, max(APART))) for split in (pairs, val))
+    for k, ((_, x, c), (_, x_val, c_val)) in enumerate(zip(*batches), 1):
+        rng = proxy_stage.seeded("cpu", seed, "part", k)
+        train = x, c, *proxy_stage.draw_noise(x, rng, rater_stage.T_SHIFT)
+        trusted = x_val, c_val, *proxy_stage.draw_noise(x_val, rng)
+        for name, parts in (("proxy", (trusted, train)), ("ref", (train,)), ("alone", (trusted,))):
+            loss = sum(proxy_stage.flow_loss(nets[name], *part).mean() for part in parts)
+            proxy_stage.descend(loss, nets[name], opts[name])
+        after(k)
+
+
+def choose_pairs(pairs, seed):
+    """x, c, eps and strata of up to PER_STRATUM pairs of every stratum."""
+    strata = np.array(pairs.strata)
+    rows = np.concatenate([np.flatnonzero(strata == name)[:PER_STRATUM]
+                           for name in proxy_stage.STRATA])
+    x, c = pairs.batch(rows)
+    eps = torch.randn(x.shape, generator=proxy_stage.seeded("cpu", seed, "look"))
+    return x, c, eps, strata[rows]
+
+
+@torch.no_grad()
+def compare_losses(nets, x, c, eps, strata):
+    """AUC (levels, 3) of one draw of L(theta; x_i) - L(theta_hat; x_i), low rated high."""
+    found = []
+    for t in LEVELS:
+        gaps = [proxy_stage.flow_loss(nets["proxy"], *part) - proxy_stage.flow_loss(
+            nets["ref"], *part) for part in zip(*(v.split(PART) for v in (
+                x, c, torch.full((len(x),), t), eps)))]
+        found.append(compare_strata(-torch.cat(gaps).numpy(), strata))
+    return found
+
+
+def compare_inner_products(proxy, val, x, c, eps, strata, seed):
+    """AUC (levels, 3) of <grad L_i, g_val>, high rated high: all that one step of eq. 5 can tell.
+
+    By forward mode, every pair's derivative along g_val of all validation pairs in one pass.
+    """
+    x_val, c_val = val.batch(np.arange(len(val)))
+    noise = proxy_stage.draw_noise(x_val, proxy_stage.seeded("cpu", seed, "g_val"))
+    params = {name: p.detach() for name, p in proxy.named_parameters()}
+    loss = proxy_stage.flow_loss(proxy, x_val, c_val, *noise).mean()
+    g_val = dict(zip(params, torch.autograd.grad(loss, list(proxy.parameters()))))
+
+    def along(part):
+        return jvp(lambda params: proxy_stage.flow_loss(
+            lambda *inputs: functional_call(proxy, params, inputs), *part), (params,), (g_val,))[1]
+    found = []
+    with sdpa_kernel(SDPBackend.MATH):                     # fused attention has no forward mode
+        for t in LEVELS:
+            parts = zip(*(v.split(PART) for v in (x, c, torch.full((len(x),), t), eps)))
+            found.append(compare_strata(torch.cat([along(part) for part in parts]).numpy(), strata))
+    return found
+
+
+def train_on_trusted(val, seed, smoke):
+    """RHO-LOSS's own holdout model: from scratch on validation pairs, with stage 1's settings."""
+    settings = warm_up(seed, smoke)[0]
+    net = proxy_stage.build_proxy(settings, "cpu")
+    return proxy_stage.train(net, val, settings.steps, settings.batch_size, settings.lr, seed)
+
+
+@torch.no_grad()
+def compare_holdouts(nets, x, c, strata, seed):
+    """{theta's name: AUC (3,) and of plain over both chaotic ones} of the mean of 8 draws."""
+    found = {}
+    chaotic = np.char.startswith(strata, "chaotic")
+    for name in ("proxy", "alone", "scratch"):
+        parts = [score_stage.baselines(nets[name], nets["ref"], *part, proxy_stage.seeded(
+            "cpu", seed, "holdout", k))[1] for k, part in enumerate(zip(x.split(PART),
+                                                                        c.split(PART)))]
+        rating = -torch.cat(parts).numpy()
+        found[name] = [*compare_strata(rating, strata),
+                       score_stage.auc(rating[strata == "plain"], rating[chaotic])]
+    return found
+
+
+def measure_distance(seed, smoke):
+    """Of one seed: AUC (steps, levels, 3), of inner products (levels, 3), by kind of theta."""
+    settings, (pairs, val, _), proxy = warm_up(seed, smoke)
+    args = rater_stage.parse_args(["--smoke"] * smoke)
+    x, c, eps, strata = choose_pairs(pairs, seed)
+    nets, curve = {name: copy.deepcopy(proxy) for name in ("proxy", "ref", "alone")}, []
+
+    def after(k):
+        if k in APART:
+            curve.append(compare_losses(nets, x, c, eps, strata))
+            proxy_stage.print0(f"seed {seed}  {k:3d} steps apart, t = {LEVELS[2]}: "
+                               f"{np.round(curve[-1][2], 3)}")
+    inner = compare_inner_products(proxy, val, x, c, eps, strata, seed)
+    part_by_adamw(nets, pairs, val, seed, args, after)
+    nets["scratch"] = train_on_trusted(val, seed, smoke)
+    return curve, inner, compare_holdouts(nets, x, c, strata, seed)
+
+
+THETAS = {"proxy": "validation and training pairs (eq. 5)", "alone": "validation pairs alone",
+          "scratch": "validation pairs alone, from scratch (RHO-LOSS)"}
+
+
+def distance(args):
+    """A table per stratum, a figure, and a table by what theta was trained on."""
+    curves, inner, holdouts = zip(*(measure_distance(seed, args.smoke)
+                                    for seed in range(args.seeds)))
+    curves, inner = np.array(curves), np.array(inner)      # (seeds, steps, levels, 3), (s., l., 3)
+    for k, other in enumerate(OTHERS):
+        rows = [["inner product at 0", *(show(v) for v in inner[:, :, k].T)]]
+        rows += [[step, *(show(v) for v in curves[:, place, :, k].T)]
+                 for place, step in enumerate(APART)]
+        print_table([f"over {other}, steps apart", *(f"t = {t}" for t in LEVELS)], rows)
+    found = {name: np.array([h[name] for h in holdouts]) for name in THETAS}  # (seeds, 4)
+    rows = [[words, *(show(v) for v in found[name].T)] for name, words in THETAS.items()]
+    rows += [[f"{THETAS[name]}, minus eq. 5", *(show(v) for v in (found[name] - found["proxy"]).T)]
+             for name in ("alone", "scratch")]
+    print_table(["theta trained on", *(f"over {other}" for other in OTHERS), "plain over chaotic"],
+                rows)
+    draw_distance(Path(args.out) / "distance.png", curves, inner)
+
+
+def draw_distance(path, curves, inner):
+    """AUC against steps apart, a curve per noise level; the inner product as open marks."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), sharey=True)
+    for k, (axis, title) in enumerate(zip(axes, ("wrong caption", "noise", "plain"))):
+        axis.axhline(0.5, color="0.6", linewidth=1)
+        for level, t in enumerate(LEVELS):
+            colour = plt.cm.viridis(level / len(LEVELS))
+            mean, half = np.transpose([eval_stage.interval(v) for v in curves[:, :, level, k].T])
+            axis.plot(APART, mean, "o-", color=colour, label=f"t = {t}", linewidth=2)
+            axis.fill_between(APART, mean - half, mean + half, color=colour, alpha=0.15)
+            mean, half = eval_stage.interval(inner[:, level, k])
+            axis.errorbar(0.35 * 1.2 ** level, mean, half, fmt="D", color=colour, capsize=3,
+                          markerfacecolor="white", markersize=8)
+        axis.set_xscale("log")
+        axis.set_xticks([0.46, 1, 10, 100, 400], ["inner\nproduct", "1", "10", "100", "400"])
+        axis.minorticks_off()
+        axis.set_title(f"informative over {title}", fontsize=15)
+        axis.set_xlabel("steps since theta and theta_hat parted", fontsize=13)
+        axis.tick_params(labelsize=12)
+    axes[0].set_ylabel("AUC of one draw (0.5 = chance)", fontsize=13)
+    axes[0].legend(fontsize=12, frameon=False)
+    figure.tight_layout()
+    proxy_stage.save_figure(figure, path)
+
+
+# ---- validation: what the trusted pairs may be -----------------------------------------------
+TRUSTED = {                # pairs, share of plain ones, share of wrong captions
+    "1,000 clean pairs (as shipped)": (1000, 0.0, 0.0), "200 clean pairs": (200, 0.0, 0.0),
+    "50 clean pairs": (50, 0.0, 0.0), "1,000, of which 20 % plain": (1000, 0.2, 0.0),
+    "1,000, of which 50 % plain": (1000, 0.5, 0.0),
+    "1,000, of which 10 % under wrong captions": (1000, 0.0, 0.1)}
+
+
+def spoil(val, settings, count, plain, wrong):
+    """The first `count` validation pairs, some replaced, over and over up to the length of val."""
+    pool = proxy_stage.draw_toy(8 * len(val), settings.size, settings.seed + 1000, "train",
+                                settings.words)
+    strata, images, tokens = np.array(pool.strata), val.images.clone(), val.tokens.clone()
+    count, first = min(count, len(val)), 0
+    for stratum, share in (("plain", plain), ("chaotic-caption", wrong)):
+        rows = np.flatnonzero(strata == stratum)[:round(share * count)]
+        places = slice(first, first + len(rows))
+        images[places], tokens[places] = pool.images[rows], pool.tokens[rows]
+        first += len(rows)
+    rows = np.resize(np.arange(count), len(val))
+    return proxy_stage.Pairs(images[rows], tokens[rows], val.keys, val.captions, val.strata)
+
+
+@functools.lru_cache(maxsize=None)
+def rate(seed, smoke, signal="difference", trusted=next(iter(TRUSTED))):
+    """Logits (N,) of the training pairs after stage 2, with these validation pairs."""
+    settings, (pairs, val, _), proxy = warm_up(seed, smoke)
+    args = rater_stage.parse_args(["--seed", str(seed), "--signal", signal] + ["--smoke"] * smoke)
+    torch.manual_seed(seed)
+    nets = {"proxy": copy.deepcopy(proxy), "ref": copy.deepcopy(proxy),
+            "rater": rater_stage.Rater(settings.size, settings.patch, settings.words)}
+    rater_stage.learn(nets, pairs, spoil(val, settings, *TRUSTED[trusted]), args,
+                      pairs.batch(np.arange(8)), proxy_stage.Progress())
+    with torch.no_grad():
+        return nets["rater"].logits(nets["rater"].features(*pairs.batch(np.arange(len(pairs)))))
+
+
+def validation(args):
+    """A table: a row per kind of validation set."""
+    rows = []
+    for name in TRUSTED:
+        numbers, deciles = [], []
+        for seed in range(args.seeds):
+            strata = np.array(warm_up(seed, args.smoke)[1][0].strata)
+            rating = rate(seed, args.smoke, trusted=name).numpy()
+            good = strata[np.argsort(-rating)] == "informative"
+            numbers.append([*compare_strata(rating, strata), 100 * good[:len(good) // 2].mean()])
+            deciles.append([100 * part.mean() for part in np.array_split(good, 10)])
+        numbers = np.transpose(numbers)
+        rows.append([name, *map(show, numbers[:3]), show(numbers[3], 1),
+                     " ".join(f"{share:.0f}" for share in np.mean(deciles, 0))])
+        proxy_stage.print0(*rows[-1])
+    print_table(["validation pairs", *(f"over {other}" for other in OTHERS),
+                 "% informative in the top half", "in every tenth, best first"], rows)
+
+
+# ---- diversity: purity and coverage of a selection -------------------------------------------
+KEEP = (0.1, 0.2, 0.3, 0.5)
+SIGNALS = {"eq. 6": "difference", "eq. 9": "loss"}
+MARKERS = {"random": "s", "Top-K": "^", "Block": "v", "Gsample": "o", "Shift-Gsample": "D"}
+
+
+def list_selections():
+    """(signal's name or '', rule, Arm of stage 5) of everything that is compared."""
+    chosen = [("", "random", eval_stage.Arm(f"random {keep:.0%}", keep=keep)) for keep in KEEP]
+    return chosen + [(label, rule, eval_stage.ruled((label, ""), rule, keep))
+                     for label in SIGNALS for rule in eval_stage.RULES for keep in KEEP]
+
+
+def describe_rows(pairs, rows):
+    """Purity, coverage and effective number of the 72 combinations, as shares, of a selection.
+
+    Combinations are counted over the informative pairs; the effective number is exp(entropy).
+    """
+    good = [pairs.captions[row] for row in rows if pairs.strata[row] == "informative"]
+    counts = np.unique(good, return_counts=True)[1]
+    shares = counts / max(counts.sum(), 1)
+    possible = (len(proxy_stage.COLOURS) * len(proxy_stage.GROUNDS) * len(proxy_stage.SHAPES))
+    return (len(good) / len(rows), len(counts) / possible,
+            np.exp(-(shares * np.log(shares)).sum()) / possible if len(counts) else 0.0)
+
+
+def measure_selections(seed, args):
+    """Per selection: purity, coverage, effective number, held-out loss and match of one model."""
+    settings, (pairs, val, test), _ = warm_up(seed, args.smoke)
+    flags = eval_stage.parse_args(["--smoke"] * args.smoke)
+    judge = eval_stage.train_judge(val, flags.judge_steps, seed)
+    reference = eval_stage.moments(judge.embed_images(test.batch(np.arange(
+        min(eval_stage.DRAWN, len(test))))[0])[0])
+    found, file = [], Path(args.out) / "selection.npy"
+    for label, _, arm in list_selections():
+        rating = (rate(seed, args.smoke, SIGNALS[label]).numpy() if label
+                  else np.zeros(len(pairs)))
+        rows, _ = select_stage.select(rating, arm.method, arm.keep, seed=seed, **arm.settings)
+        np.save(file, rows)
+        result, _ = eval_stage.run_arm(eval_stage.Arm(arm.name, file=str(file)), seed, flags,
+                                       settings, pairs, test, judge, reference,
+                                       proxy_stage.Progress())
+        found.append([*describe_rows(pairs, rows), result["held-out"], result["match"]])
+        proxy_stage.print0(f"seed {seed}  {arm.name:28}", *(f"{v:.3f}" for v in found[-1]))
+    file.unlink()
+    return found
+
+
+def diversity(args):
+    """A table, a row per selection, and the figure."""
+    found = np.array([measure_selections(seed, args) for seed in range(args.seeds)])
+    rows = [[arm.name, *(show(100 * v, 0) for v in numbers[:3]), show(numbers[3]),
+             show(numbers[4], 1)]
+            for (_, _, arm), numbers in zip(list_selections(), found.transpose(1, 2, 0))]
+    print_table(["selection", "informative, %", "combinations present, %", "effective number, %",
+                 "held-out", "match"], rows)
+    draw_diversity(Path(args.out) / "diversity.png", found.mean(0))
+
+
+def draw_diversity(path, found):
+    """Effective number of combinations against purity, coloured by the trained model's match."""
+    figure, axes = plt.subplots(1, len(KEEP), figsize=(13, 4.2), sharex=True, sharey=True)
+    for (label, rule, arm), (pure, _, effective, _, match) in zip(list_selections(), found):
+        axis = axes[KEEP.index(arm.keep)]
+        marks = axis.scatter(100 * pure, 100 * effective, c=match, cmap="viridis", s=130,
+                             vmin=0, vmax=100, marker=MARKERS[rule], linewidth=2.5, edgecolor={
+                                 "": "0.6", "eq. 6": "#0072B2", "eq. 9": "#D55E00"}[label])
+        axis.set_title(f"{arm.keep:.0%} kept", fontsize=14)
+        axis.set_xlabel("informative pairs, %", fontsize=12)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("effective number of\ncombinations, % of 72", fontsize=12)
+    for rule, marker in MARKERS.items():
+        axes[0].plot([], [], marker, color="0.3", label=rule, markersize=8)
+    for label, colour in (("eq. 6", "#0072B2"), ("eq. 9", "#D55E00"), ("no rating", "0.6")):
+        axes[0].plot([], [], "o", markerfacecolor="white", markeredgecolor=colour, label=label,
+                     markeredgewidth=2.5, markersize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), ncol=8, loc="lower center", fontsize=11,
+                  bbox_to_anchor=(0.5, 0.97), frameon=False)
+    figure.tight_layout()
+    figure.colorbar(marks, ax=axes, label="match of the trained model, %", pad=0.01)
+    proxy_stage.save_figure(figure, path)
+
+
+QUESTIONS = {"exact": exact, "distance": distance, "validation": validation,
+             "diversity": diversity}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("questions", nargs="+", choices=QUESTIONS)
+    parser.add_argument("--seeds", type=int, default=3, help="repetitions of everything")
+    parser.add_argument("--out", default="out", help="folder of the figures")
+    parser.add_argument("--smoke", action="store_true", help="tiny run, to see that it works")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    Path(arguments.out).mkdir(parents=True, exist_ok=True)
+    for question in arguments.questions:
+        QUESTIONS[question](arguments)
