@@ -474,7 +474,8 @@ def open_pairs(path, size, words, out=None):
     again = np.ones(len(entries), bool)
     again[np.unique(entries["hash"], return_index=True)[1]] = False           # the first of a key
     pairs = Shards(sources, entries[~again], size, words)
-    for row, key in enumerate(Shards(sources, entries[again], size, words).name(range(again.sum()))):
+    seen = Shards(sources, entries[again], size, words)
+    for row, key in enumerate(seen.name(range(len(seen)))):
         skipped.setdefault("key seen before", {})[f"{key} ({row})"] = True
     print_skipped(skipped)
     if not len(pairs):

@@ -118,6 +118,8 @@ def negative_entropy(W_inst, W_batch):
 def meta_step(nets, opts, train, val, rng, args):
     """One step of eqs. 5-7. nets and opts: proxy theta, ref theta_hat, rater mu.
 
+    To first order gap_i = -beta <grad L_i, g_val> = dL_val / dW_i: the meta-gradient, without a
+    second derivative. The proxies are never joined again, so that the gap adds up over the steps.
     train and val are batches (x (B, 3, H, W), c (B, T)), already cut to this process; each
     softmax runs over a group of --group-size pairs inside it. Returns figures for the log.
     """
@@ -140,7 +142,7 @@ def meta_step(nets, opts, train, val, rng, args):
     W = (W_inst * W_batch).detach()                        # eq. 5 holds mu fixed; sums to W_batch
 
     losses = {"rater": objective + args.tau * negative_entropy(W_inst, W_batch),
-              "proxy": L_val.mean() + (W * L_theta).sum(1).mean(),                # eq. 5
+              "proxy": L_val.mean() + (W * L_theta).sum(1).mean(),            # eqs. 5, 10
               "ref": (W * L_hat).sum(1).mean()}                               # eq. 5, no g_val
     norms = [proxy_stage.descend(losses[name], nets[name], opts[name]) for name in losses]
     ess = 1 / W_inst.square().sum(1).mean() / args.group_size

@@ -78,7 +78,8 @@ def select(rating, method, keep, drop=0.25, mean=0.5, std=0.15, seed=0):
     rating (N,): high is rated high. keep: a share up to 1, or a count above it. Raises ValueError
     where fewer pairs are left than shall be kept.
     """
-    count, rng = round(keep * len(rating)) if keep <= 1 else round(keep), np.random.default_rng(seed)
+    count = round(keep * len(rating)) if keep <= 1 else round(keep)
+    rng = np.random.default_rng(seed)
     start = drop if method in ("shift-gsample", "block") else 0.0
     w = np.arange(len(rating)) / max(len(rating), 1)       # of the ranking, best first
     first = np.searchsorted(w, start)
@@ -237,7 +238,7 @@ def main(args):
 
 
 def write_selection(stem, rows, keys):
-    """STEM.csv with the keys of the selected rows; STEM.npy with the rows where there are no keys."""
+    """STEM.csv with the keys of the selected rows; STEM.npy with the rows where keys are None."""
     path = Path(f"{stem}.npy" if keys is None else f"{stem}.csv")
     part = Path(f"{path}.part")
     try:

@@ -258,7 +258,7 @@ def run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress):
     rows = choose_rows(arm, pairs, args.out, seed)
     torch.manual_seed(seed)                                # all arms start from the same weights
     net = proxy_stage.build_proxy(settings, pairs.device)
-    steps = args.epochs * (len(rows) // args.batch_size)
+    steps = args.epochs * (len(rows) // args.batch_size)                      # eq. 1: same epochs
     if not steps:
         raise SystemExit(f"{arm.name}: {len(rows)} pairs are fewer than --batch-size")
     proxy_stage.train(net, pairs.take(rows), steps, args.batch_size, args.lr, seed, decay=DECAY,

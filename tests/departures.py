@@ -111,14 +111,15 @@ def departures(steps):
         DIVIDED: ("", [(proxy_stage, "flow_loss", reweigh(lambda k: (1 / PER_GPU, 1.0)))]),
         SCHEDULE: ("", [(proxy_stage, "flow_loss", reweigh(lambda k: (1 - ul(k), ul(k))))]),
         RELEASED: ("--signal loss --tau 0",
-                   [twice, (rater_stage, "rank_normal", proxy_stage.unchanged), (
-                       proxy_stage, "flow_loss", reweigh(lambda k: ((1 - ul(k)) / PER_GPU, ul(k))))]),
+                   [twice, (rater_stage, "rank_normal", proxy_stage.unchanged),
+                    (proxy_stage, "flow_loss",
+                     reweigh(lambda k: ((1 - ul(k)) / PER_GPU, ul(k))))]),
     }
 
 
 # ---- proxies and raters, each made once ------------------------------------------------------
 class Bench:
-    """What the tables share. A rater is kept as (nets, log (steps, 8), seen {step: logits (N,)})."""
+    """What the tables share; a rater is kept as nets, log (steps, 8), {step: logits (N,)}."""
 
     def __init__(self, args):
         self.out, self.seeds = Path(args.out), range(args.seeds)
@@ -322,7 +323,7 @@ def compare_signals(bench, seed, pairs, weights, beta=0.01):
     g_train, g_val = (torch.autograd.grad(L.mean(), list(ref.parameters()), retain_graph=True)
                       for L in (L_hat, proxy_stage.flow_loss(ref, *held)))
     signals = []
-    for with_val in (0, 1):                                # theta_hat, theta after one step of eq. 5
+    for with_val in (0, 1):                                # theta_hat, theta: one step of eq. 5
         ref.load_state_dict(weights)
         with torch.no_grad():
             for p, g, h in zip(ref.parameters(), g_train, g_val):
@@ -383,7 +384,7 @@ def spread(bench, seed, name, weigh, B):
 
 
 def gradient_shares(bench, seed, B, draws=4):
-    """Row 4: |g_train| / (|g_train| + |g_val|) of eq. 5 and three departures, theta after stage 2."""
+    """Row 4: |g_train| / (|g_train| + |g_val|), theta after stage 2, eq. 5 and three departures."""
     _, pairs, val, _ = bench.warm(seed)
     nets, shares = bench.rater(seed, OURS)[0], []
     for k in range(draws):
@@ -404,7 +405,7 @@ def gradient_shares(bench, seed, B, draws=4):
 
 @torch.no_grad()
 def draw_temperature(bench):
-    """Row 9: the largest ratio under the second softmax against W_batch; dashed: possible at most."""
+    """Row 9: the largest ratio under the second softmax by W_batch; dashed: the possible most."""
     figure, axis = plt.subplots(figsize=(5, 3))
     W_batch, (nets, *_) = torch.linspace(0, 1, 21), bench.rater(0, SOFTMAX)
     x, c = bench.warm(0)[1].batch(np.arange(256))
@@ -458,12 +459,12 @@ def scoring(bench):
 
 
 def rescore(bench, seed):
-    """{row: rank correlation, shared top half, inflation, AUC over wrong captions before, after}."""
+    """{row: rank correlation, shared top half, inflation, AUC over wrong captions, of both}."""
     (_, pairs, *_), (nets, *_) = bench.warm(seed), bench.rater(seed, OURS)
     strata, size = bench.strata(seed), 60 if bench.flags else 256
     listed = np.arange(len(pairs))
     mixed = np.random.default_rng(seed).permutation(len(pairs))
-    last = mixed[len(pairs) // size * size:]
+    whole = len(pairs) // size * size                      # the rest is a short last batch
 
     def compare(one, two, last=()):
         rest = np.setdiff1d(listed, last)
@@ -472,14 +473,14 @@ def rescore(bench, seed):
                 aucs(one, strata)[1], aucs(two, strata)[1])
     first = score_batches(nets["rater"], pairs, listed, size)
     again = np.argsort(-first, kind="stable")
+    by_rating = score_batches(nets["rater"], pairs, again, size)
     ours, moved = score(nets, pairs, seed, "rating")[0], np.empty(len(pairs))
     moved[mixed] = score(nets, pairs.take(mixed), seed, "rating")[0]
     full, without, _ = blank(bench, seed)
     return {
         "released: in another order": compare(
-            first, score_batches(nets["rater"], pairs, mixed, size), last),
-        "released: sorted by a first rating": compare(
-            first, score_batches(nets["rater"], pairs, again, size), again[len(pairs) // size * size:]),
+            first, score_batches(nets["rater"], pairs, mixed, size), mixed[whole:]),
+        "released: sorted by a first rating": compare(first, by_rating, again[whole:]),
         "ours: in another order": compare(ours, moved),
         "released: a tenth of the captions blank": compare(full, without)}
 
@@ -488,7 +489,8 @@ def rescore(bench, seed):
 def blank(bench, seed):
     """Row 7: logits (N,) with all captions, with a tenth blanked, and {stratum: share of its
     blanked pairs that were in the top half, share that then are}."""
-    (_, pairs, *_), (nets, *_), strata = bench.warm(seed), bench.rater(seed, OURS), bench.strata(seed)
+    (_, pairs, *_), (nets, *_) = bench.warm(seed), bench.rater(seed, OURS)
+    strata = bench.strata(seed)
     x, c = pairs.batch(np.arange(len(pairs)))
     dropped = proxy_stage.drop_captions(c, proxy_stage.seeded("cpu", seed, "blank"))
     full, without = (nets["rater"].logits(nets["rater"].features(x, words)).numpy()

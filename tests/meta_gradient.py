@@ -4,8 +4,8 @@
                  steps, with one noise for both proxies and with two; does eq. 9; what does the
                  exact gradient cost in time and memory?
     distance     how many steps after theta and theta_hat parted does the difference find which
-                 stratum, and would one step's inner product <grad L_i, g_val> do? And does it matter
-                 that eq. 5 trains theta on training pairs too? (RHO-LOSS, arXiv 2206.07137, does not)
+                 stratum, and would one step's inner product <grad L_i, g_val> do? Does it matter
+                 that eq. 5 trains theta on training pairs too? (RHO-LOSS, 2206.07137, does not)
     validation   how many trusted pairs does eq. 6 need, and how clean have they to be?
     diversity    purity and coverage of what every rule selects, and the model trained on it
 
@@ -13,8 +13,8 @@
     python tests/meta_gradient.py validation diversity --seeds 3   TIME_B, one thread
 
 A seed redraws everything: the toy corpus, the warm proxy (made here as 01_proxy.py makes it), the
-rater, the downstream model. Prints Markdown tables, mean and 95 % interval (Student's t) over seeds;
-figures into --out. AUC = P(an informative pair is rated above one of the other stratum).
+rater, the downstream model. Prints Markdown tables, mean and 95 % interval (Student's t) over
+seeds; figures into --out. AUC = P(an informative pair is rated above one of the other stratum).
 """
 import argparse
 import copy

@@ -39,7 +39,7 @@ def test_eq7_weights(stage):
 
 
 def test_eq6_gradient_equals_a_sum_over_single_pairs(stage):
-    """Without the additions the objective's gradient is mean over groups of sum_i gap_i grad W_i."""
+    """Without the additions the gradient is the mean over groups of sum_i gap_i grad W_i."""
     torch.manual_seed(0)
     rater = stage(2).Rater(SIZE, PATCH, WORDS, width=16, depth=1).double()
     x, c, _, _ = make_batch(8, 1)

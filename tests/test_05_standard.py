@@ -1,5 +1,4 @@
 """Stage 5, the standard metrics: against references written apart from them, on random weights."""
-import io
 import pickle
 import zipfile
 

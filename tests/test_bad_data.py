@@ -1,4 +1,4 @@
-"""Every kind of broken input: skipped and counted, or refused in one line; no key gets another's."""
+"""Every kind of broken input: skipped and counted, or refused; no key gets another's rating."""
 import io
 import json
 import struct
@@ -25,7 +25,8 @@ def bomb():
         return (struct.pack(">I", len(data)) + kind + data
                 + struct.pack(">I", zlib.crc32(kind + data)))
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"x") + chunk(b"IEND", b"")
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"x")
+            + chunk(b"IEND", b""))
 
 
 PNG, JPEG = encode(colour=(200, 40, 40)), encode(kind="JPEG", colour=(40, 200, 40))

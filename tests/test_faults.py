@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, starved or doubled: nothing is lost, and the same command goes on."""
+"""Runs that are killed, stopped, starved or doubled: nothing is lost, the same command goes on."""
 import csv
 import os
 import shutil

@@ -21,7 +21,8 @@ def tars(stage, tmp_path_factory):
             for row in rows:
                 file = io.BytesIO()
                 Image.fromarray(pairs.images[row].permute(1, 2, 0).numpy()).save(file, "PNG")
-                for kind, data in ((".png", file.getvalue()), (".txt", pairs.captions[row].encode()),
+                caption = pairs.captions[row].encode()
+                for kind, data in ((".png", file.getvalue()), (".txt", caption),
                                    (".cls", b"kept as it is")):
                     member = tarfile.TarInfo(pairs.keys[row] + kind)
                     member.size = len(data)
@@ -100,7 +101,7 @@ def test_new_shards_hold_the_selected_pairs_byte_for_byte(stage, tars, tmp_path)
 
 
 def test_every_training_pair_reaches_the_rater(stage, monkeypatch, tmp_path):
-    """One epoch of stage 2 shows all pairs of the training split, not only as many as validation."""
+    """One epoch of stage 2 shows all training pairs, not only as many as validation has."""
     shown = {0: [], 1: []}
     args = stage(2).parse_args(["--smoke", "--out", str(tmp_path)])
     args.steps = 256 // args.batch_size
