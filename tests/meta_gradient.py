@@ -318,6 +318,7 @@ def draw_distance(path, curves, inner):
         axis.set_title(f"informative over {title}", fontsize=15)
         axis.set_xlabel("steps since theta and theta_hat parted", fontsize=13)
         axis.tick_params(labelsize=12)
+        axis.set_ylim(0, 1.03)
     axes[0].set_ylabel("AUC of one draw (0.5 = chance)", fontsize=13)
     axes[0].legend(fontsize=12, frameon=False)
     figure.tight_layout()
@@ -393,21 +394,32 @@ def list_selections():
                      for label in SIGNALS for rule in eval_stage.RULES for keep in KEEP]
 
 
-def describe_rows(pairs, rows):
-    """Purity, coverage and effective number of the 72 combinations, as shares, of a selection.
+def count_combinations(captions):
+    """Combinations present and their effective number, exp(entropy), as shares of all 72.
 
-    Combinations are counted over the informative pairs; the effective number is exp(entropy).
+    The caption of an informative pair names its attributes, so captions are combinations.
     """
-    good = [pairs.captions[row] for row in rows if pairs.strata[row] == "informative"]
-    counts = np.unique(good, return_counts=True)[1]
-    shares = counts / max(counts.sum(), 1)
-    possible = (len(proxy_stage.COLOURS) * len(proxy_stage.GROUNDS) * len(proxy_stage.SHAPES))
-    return (len(good) / len(rows), len(counts) / possible,
-            np.exp(-(shares * np.log(shares)).sum()) / possible if len(counts) else 0.0)
+    counts = np.unique(captions, return_counts=True)[1]
+    if not len(counts):
+        return np.zeros(2)
+    shares = counts / counts.sum()
+    possible = len(proxy_stage.COLOURS) * len(proxy_stage.GROUNDS) * len(proxy_stage.SHAPES)
+    return np.array([len(counts), np.exp(-(shares * np.log(shares)).sum())]) / possible
+
+
+def describe_rows(pairs, rows, seed):
+    """Purity; combinations present and effective number among the informative pairs selected;
+    effective number of as many informative pairs drawn at random: what the count alone allows."""
+    strata, captions = np.array(pairs.strata), np.array(pairs.captions)
+    informative = np.flatnonzero(strata == "informative")
+    good = np.intersect1d(rows, informative)
+    alike = np.random.default_rng(seed).choice(informative, len(good), replace=False)
+    return (len(good) / len(rows), *count_combinations(captions[good]),
+            count_combinations(captions[alike])[1])
 
 
 def measure_selections(seed, args):
-    """Per selection: purity, coverage, effective number, held-out loss and match of one model."""
+    """Per selection: the four numbers of describe_rows, held-out loss and match of one model."""
     settings, (pairs, val, test), _ = warm_up(seed, args.smoke)
     flags = eval_stage.parse_args(["--smoke"] * args.smoke)
     judge = eval_stage.train_judge(val, flags.judge_steps, seed)
@@ -422,7 +434,7 @@ def measure_selections(seed, args):
         result, _ = eval_stage.run_arm(eval_stage.Arm(arm.name, file=str(file)), seed, flags,
                                        settings, pairs, test, judge, reference,
                                        proxy_stage.Progress())
-        found.append([*describe_rows(pairs, rows), result["held-out"], result["match"]])
+        found.append([*describe_rows(pairs, rows, seed), result["held-out"], result["match"]])
         proxy_stage.print0(f"seed {seed}  {arm.name:28}", *(f"{v:.3f}" for v in found[-1]))
     file.unlink()
     return found
@@ -431,18 +443,19 @@ def measure_selections(seed, args):
 def diversity(args):
     """A table, a row per selection, and the figure."""
     found = np.array([measure_selections(seed, args) for seed in range(args.seeds)])
-    rows = [[arm.name, *(show(100 * v, 0) for v in numbers[:3]), show(numbers[3]),
-             show(numbers[4], 1)]
-            for (_, _, arm), numbers in zip(list_selections(), found.transpose(1, 2, 0))]
+    arms = [arm for _, _, arm in list_selections()]                           # random ones first
+    rows = [[arm.name, *(show(100 * v, 0) for v in numbers[:4]), show(numbers[4]),
+             show(numbers[5], 1), show(numbers[5] - found[:, KEEP.index(arm.keep), 5], 1)]
+            for arm, numbers in zip(arms, found.transpose(1, 2, 0))]
     print_table(["selection", "informative, %", "combinations present, %", "effective number, %",
-                 "held-out", "match"], rows)
+                 "of as many random ones, %", "held-out", "match, %", "match minus random"], rows)
     draw_diversity(Path(args.out) / "diversity.png", found.mean(0))
 
 
 def draw_diversity(path, found):
     """Effective number of combinations against purity, coloured by the trained model's match."""
     figure, axes = plt.subplots(1, len(KEEP), figsize=(13, 4.2), sharex=True, sharey=True)
-    for (label, rule, arm), (pure, _, effective, _, match) in zip(list_selections(), found):
+    for (label, rule, arm), (pure, _, effective, _, _, match) in zip(list_selections(), found):
         axis = axes[KEEP.index(arm.keep)]
         marks = axis.scatter(100 * pure, 100 * effective, c=match, cmap="viridis", s=130,
                              vmin=0, vmax=100, marker=MARKERS[rule], linewidth=2.5, edgecolor={

@@ -51,7 +51,8 @@ def compare_fid(folder, count=100, repeats=3):
         ours = stage.frechet_distance(*(part for name in "ab" for part in
                                         stage.measure_images(judge, str(folder / name))[0][1:]))
         middle = time.time()
-        theirs = calculate_fid_given_paths([str(folder / "a"), str(folder / "b")], 50, "cpu", 2048, 0)
+        paths = [str(folder / "a"), str(folder / "b")]
+        theirs = calculate_fid_given_paths(paths, 50, "cpu", 2048, 0)
         ratios.append((middle - began) / (time.time() - middle))
     print(f"FID {ours:.6f}, pytorch-fid {theirs:.6f}, relative {abs(ours / theirs - 1):.1e}; "
           f"time ours / theirs, median of {repeats}: {np.median(ratios):.2f}")
