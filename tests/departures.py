@@ -350,7 +350,7 @@ def perfect_memory(pairs, batch):
 
 
 def weights(bench):
-    """Rows 3, 4 and 9, on 512 pairs: no group is larger than the released batch of scoring."""
+    """Rows 3, 4 and 9: how far weights can differ, what trains theta, what W_batch does."""
     print_head("pairs under the softmax", "largest ratio of two weights: possible, row 3",
                "measured, row 3", "measured, as shipped", "ESS: lowest possible, row 3",
                "measured, row 3", "measured, as shipped")

@@ -1,0 +1,388 @@
+"""How fast is the pipeline: every costly part beside its floor or a peer, timed in turns.
+
+    python tests/bench.py              prints Markdown tables; under five minutes on two cores
+    python tests/bench.py --quick      the same in under a minute, to see that it works
+
+A row times two functions A B A B ..., each sample being as many calls as fill a fifth of a second,
+so that a machine that changes its speed changes both. Shown are median and range of both, and
+median and range of the ratios of neighbours: measured / floor, low is fast. Of a floor the ratio
+can at best be 1; a peer does the same work in another way, and below 1 means faster than it.
+Uses a CUDA GPU where there is one; nothing here needs files of the stages.
+"""
+import argparse
+import importlib
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+proxy_stage, rater_stage, score_stage, select_stage, eval_stage = (
+    importlib.import_module(name) for name in (
+        "01_proxy", "02_meta_rater", "03_score", "04_select", "05_train_eval"))
+from meta_gradient import SavedBytes  # noqa: E402  (needs the path above)
+
+STEPS = 10                 # training steps in one call of a row
+UNROLLED = 4               # K of the second row of the exact meta-gradient
+SAMPLE_SECONDS = 0.2       # a sample repeats its call until it lasts this long
+
+
+# ---- timing ----------------------------------------------------------------------------------
+class Row(NamedTuple):
+    """A comparison: two functions, the work units in a call of each, and the highest good ratio."""
+    what: str
+    against: str
+    measured: Callable
+    floor: Callable
+    target: float = math.nan
+    units: int = 1
+
+
+def seconds(function, calls=1):
+    """Seconds per call, until the device has finished."""
+    finish = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    finish()
+    began = time.perf_counter()
+    for _ in range(calls):
+        function()
+    finish()
+    return (time.perf_counter() - began) / calls
+
+
+def sampler(function, units=1):
+    """A function that takes one sample: seconds per unit of work. Warms up first."""
+    function()
+    calls = max(1, round(SAMPLE_SECONDS / seconds(function)))
+    return lambda: seconds(function, calls) / units
+
+
+def take_turns(samplers, repeats):
+    """Samples (repeats, K) of K samplers, A B A B ..."""
+    return np.array([[sample() for sample in samplers] for _ in range(repeats)])
+
+
+def show(values, digits="{:.3g}"):
+    """'median (lowest-highest)'."""
+    low, middle, high = (digits.format(q) for q in np.quantile(values, (0, 0.5, 1)))
+    return f"{middle} ({low}-{high})"
+
+
+def print_row(what, against, samples, target):
+    """A table row from samples (repeats, 2) of measured and floor, in seconds."""
+    ratio = samples[:, 0] / samples[:, 1]
+    met = "" if math.isnan(target) else (
+        f"≤ {target:.3g}, " + ("met" if np.median(ratio) <= target else "missed"))
+    print(f"| {what} | {against} | {show(1e3 * samples[:, 0])} | {show(1e3 * samples[:, 1])} | "
+          f"{show(ratio, '{:.2f}')} | {met} |", flush=True)
+
+
+# ---- floors and peers ------------------------------------------------------------------------
+def own_products(net, inputs, dtype=torch.float32):
+    """A function that does the matrix products of one training step of `net`, and nothing else;
+    and their number of floating-point operations.
+
+    The shapes are read off the network at work. A linear layer: y = x W^T, dW = dy^T x and, where
+    x has a gradient, dx = dy W. Attention: q k^T, p v, and two products for the gradients of each.
+    """
+    products = []
+
+    def fill(*shape):
+        return torch.randn(shape, device=inputs[0].device, dtype=dtype)
+
+    def linear(layer, args, _):
+        rows = args[0].numel() // layer.in_features
+        n, m = layer.weight.shape
+        x, W, dy = fill(rows, m), fill(n, m), fill(rows, n)
+        products.extend([(x, W.T), (dy.T, x)] + [(dy, W)] * args[0].requires_grad)
+
+    def attention(block, args, _):
+        B, S, D = args[0].shape
+        q, p = fill(B * block.heads, S, D // block.heads), fill(B * block.heads, S, S)
+        products.extend([(q, q.mT), (p, q), (p.mT, q)] * 2)
+    hooks = [module.register_forward_hook(hook) for module in net.modules() for kind, hook in
+             ((nn.Linear, linear), (proxy_stage.Block, attention)) if isinstance(module, kind)]
+    net(*inputs)
+    for hook in hooks:
+        hook.remove()
+    outs = [a @ b for a, b in products]
+
+    def multiply():
+        for (a, b), out in zip(products, outs):
+            torch.matmul(a, b, out=out)
+    return multiply, sum(2 * out.numel() * a.shape[-1] for (a, _), out in zip(products, outs))
+
+
+class TextbookBlock(proxy_stage.Block):
+    """The block with attention written from its equation: three projections, softmax by hand."""
+
+    def __init__(self, width, heads):
+        super().__init__(width, heads)
+        del self.qkv
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+
+    def attention(self, h):                                                   # (B, S, D)
+        B, S, D = h.shape
+        q, k, v = (layer(h).view(B, S, self.heads, -1).transpose(1, 2)
+                   for layer in (self.q, self.k, self.v))                     # (B, heads, S, d)
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(B, S, D))
+
+
+def textbook(bench):
+    """A function that trains such a DiT for STEPS steps, with AdamW one tensor at a time."""
+    net = new_proxy(bench.device)
+    net.blocks = nn.ModuleList(TextbookBlock(64, 4) for _ in net.blocks).to(bench.device)
+    opt = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.95), foreach=False,
+                            fused=False)
+
+    def train():
+        for k in range(STEPS):
+            x, c = bench.pairs.batch(np.random.default_rng(k).integers(len(bench.pairs), size=64))
+            c = c * (torch.rand(len(c), 1, device=x.device) >= proxy_stage.CAPTION_DROPOUT)
+            t, eps = torch.randn(len(x), device=x.device).sigmoid(), torch.randn_like(x)
+            along = t.view(-1, 1, 1, 1)
+            loss = ((net((1 - along) * x + along * eps, t, c) - (eps - x)) ** 2).mean()
+            opt.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 2.0, foreach=False)
+            opt.step()
+    return train
+
+
+# ---- what is measured ------------------------------------------------------------------------
+def new_proxy(device, size=16, width=64, depth=3):
+    return proxy_stage.DiT(size, 4, width, depth, 8).to(device)
+
+
+def set_up(device):
+    """Fresh networks of the default sizes, and toy pairs; no result depends on what they learnt."""
+    torch.manual_seed(0)
+    pairs, val = (proxy_stage.draw_toy(4000, 16, 0, split).to(device) for split in ("train", "val"))
+    nets = {name: new_proxy(device) for name in ("proxy", "ref")}
+    nets["rater"] = rater_stage.Rater(16, 4, 8).to(device)
+    batches = [split.batch(np.arange(64)) for split in (pairs, val)]
+    rng = proxy_stage.seeded(device, 0, "bench")
+    noises = [proxy_stage.draw_noise(x, rng) for x, _ in batches]
+    return SimpleNamespace(device=device, pairs=pairs, nets=nets, rng=rng, batches=batches,
+                           opts={name: proxy_stage.adamw(net, 1e-3) for name, net in nets.items()},
+                           parts=[(*batch, *noise) for batch, noise in zip(batches, noises)],
+                           args=rater_stage.parse_args([]))
+
+
+def trainer(device, pairs, steps=STEPS):
+    """A function that trains a fresh proxy for some steps of 64 pairs."""
+    net = new_proxy(device)
+    return lambda: proxy_stage.train(net, pairs, steps, 64, 1e-3, 0)
+
+
+def proxy_rows(bench):
+    x, c, t, _ = bench.parts[0]
+    products, _ = own_products(bench.nets["proxy"], (x, t, c))
+    train = trainer(bench.device, bench.pairs)
+
+    def floor():
+        for _ in range(STEPS):
+            products()
+    peer = 1 / (2.5 if bench.device.type == "cuda" else 1.2)
+    yield Row("proxy step of 01 and 05", "its matrix products alone", train, floor, 1 / 0.7, STEPS)
+    yield Row("proxy step of 01 and 05", "peer: textbook step", train, textbook(bench), peer, STEPS)
+    if bench.device.type == "cuda":
+        yield large_row(bench.device)
+
+
+def large_row(device, size=64, width=768, depth=12, batch=64, side=8192):
+    """A step of a DiT-B under bf16 autocast; the ratio is 1 / model FLOP utilisation."""
+    net = new_proxy(device, size, width, depth)
+    opt, half = proxy_stage.adamw(net, 1e-4), torch.bfloat16
+    x, t = torch.randn(batch, 3, size, size, device=device), torch.rand(batch, device=device)
+    c = torch.randint(proxy_stage.VOCABULARY, (batch, 8), device=device)
+    _, operations = own_products(net, (x, t, c), half)
+    square = torch.randn(side, side, device=device, dtype=half)
+
+    def step():
+        with torch.autocast(device.type, half):
+            loss = proxy_stage.flow_loss(net, x, c, t, x).mean()
+        proxy_stage.descend(loss, net, opt)
+
+    def floor():
+        for _ in range(round(operations / (2 * side ** 3))):
+            square @ square
+    return Row("DiT-B step, bf16", f"its FLOPs as {side} x {side} products", step, floor, 1 / 0.4)
+
+
+def meta_rows(bench):
+    nets, opts = bench.nets, bench.opts
+    train, val = bench.parts
+    joined = [torch.cat(both) for both in zip(train, val)]
+    W = torch.full((64,), 1 / 64, device=bench.device)
+
+    def step():
+        rater_stage.meta_step(nets, opts, *bench.batches, bench.rng, bench.args)
+
+    def passes():
+        for name, part in (("proxy", joined), ("ref", train)):
+            loss = proxy_stage.flow_loss(nets[name], *part).mean()
+            proxy_stage.descend(loss, nets[name], opts[name])
+        weights = rater_stage.weigh(nets["rater"], *bench.batches[0], bench.args.group_size)
+        proxy_stage.descend(sum(w.square().mean() for w in weights), nets["rater"], opts["rater"])
+
+    def exact(steps):
+        return lambda: rater_stage.exact_meta_gradient(nets["ref"], train, val, W, 0.01, steps)
+    yield Row("meta step of 02", "its passes: theta 2B, theta_hat B, rater B", step, passes, 1.15)
+    for steps in (1, UNROLLED):
+        yield Row(f"exact meta-gradient, K = {steps}" + kept_memory(exact(steps), step),
+                  "meta step of 02", exact(steps), step)
+
+
+def kept_memory(function, other):
+    """Memory that autograd keeps for the backward pass, in words."""
+    with SavedBytes() as saved:
+        function()
+    with SavedBytes() as others:
+        other()
+    return f" (keeps {saved.megabytes():.0f} MB, the meta step {others.megabytes():.0f})"
+
+
+def forward_rows(bench):
+    """Scoring, Frechet statistics and sampling, each beside the bare forward passes in it."""
+    nets = bench.nets | {"group_size": 32}
+    rater, net, part = nets["rater"], nets["proxy"], bench.pairs.take(np.arange(512))
+    companions = score_stage.draw_companions(nets, bench.pairs, 0)
+    x, c = part.batch(np.arange(512))
+    judge = eval_stage.Judge(16, 8).to(bench.device).requires_grad_(False)
+    reference = eval_stage.moments(judge.embed_images(x)[0])
+    eps, t = torch.randn_like(x[:128]), torch.rand(256, device=bench.device)
+    both, captions = eps.repeat(2, 1, 1, 1), torch.cat([c[:128], torch.zeros_like(c[:128])])
+
+    @torch.no_grad()
+    def forward():
+        rater.logits(rater.features(x, c))
+
+    @torch.no_grad()
+    def guided():
+        for _ in range(12):
+            net(both, t, captions)
+
+    def distance():
+        f = judge.embed_images(x)[0]
+        eval_stage.frechet_distance(*eval_stage.moments(f), *reference)
+    return [Row("scoring 512 pairs, 03", "bare rater forward",
+                lambda: score_stage.score_chunk(nets, part, companions, 0, 0), forward, 1 / 0.9),
+            Row("features and distance of 512, 05", "features alone", distance,
+                lambda: judge.embed_images(x), 1.05),
+            Row("sampling 128 images, 12 steps, 01", "12 bare forwards of 256",
+                lambda: proxy_stage.sample(net, c[:128], eps), guided, 1.1)]
+
+
+def selection_row(count):
+    ratings = np.random.default_rng(0).standard_normal(count, dtype=np.float32)
+
+    def floor():
+        keys = np.random.default_rng(0).gumbel(size=count)
+        np.argpartition(keys, count // 2)
+    return Row(f"selecting half of {count:,}, 04", "Gumbel keys and one argpartition",
+               lambda: select_stage.select(ratings, "shift-gsample", 0.5), floor, 1.5)
+
+
+# ---- two processes ---------------------------------------------------------------------------
+def work(steps):
+    """One of 1 or 2 processes: trains the proxy and prints seconds per step, warm-up left out."""
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    torch.set_num_threads(2 // proxy_stage.world())
+    bench = set_up(torch.device("cpu"))
+    train = trainer(bench.device, bench.pairs, steps)
+    train()
+    proxy_stage.wait_for_all()
+    proxy_stage.print0(seconds(train) / steps)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def start(processes, steps):
+    """A sampler that lets 1 or 2 processes do `work`."""
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone",
+                                          "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher, str(Path(__file__)), "--work", str(steps)]
+    threads = {**os.environ, "OMP_NUM_THREADS": str(2 // processes)}
+    return lambda: float(subprocess.run(command, env=threads, capture_output=True, text=True,
+                                        check=True).stdout.split()[-1])
+
+
+# ---- growth ----------------------------------------------------------------------------------
+def stepper(device, batch=64, size=16, width=64):
+    """One proxy step at these sizes."""
+    net, x = new_proxy(device, size, width), torch.rand(batch, 3, size, size, device=device)
+    opt, t = proxy_stage.adamw(net, 1e-3), torch.rand(batch, device=device)
+    c = torch.randint(proxy_stage.VOCABULARY, (batch, 8), device=device)
+    return lambda: proxy_stage.descend(proxy_stage.flow_loss(net, x, c, t, x).mean(), net, opt)
+
+
+def growth_rows(device, count):
+    """What, against what, exponent of the method, the points, a function for every point."""
+    return [("proxy step", "batch", "1", (32, 64, 128, 256), lambda n: stepper(device, n)),
+            ("proxy step", "pixels", "1, attention 2", (16 ** 2, 24 ** 2, 32 ** 2, 48 ** 2),
+             lambda n: stepper(device, size=math.isqrt(n))),
+            ("proxy step", "width", "2", (64, 128, 192, 256), lambda n: stepper(device, width=n)),
+            (f"{STEPS} proxy steps", "corpus", "0", (1000, 4000, 16000, 64000),
+             lambda n: trainer(device, proxy_stage.draw_toy(n, 16, 0, "train").to(device))),
+            ("selection", "ratings", "1, sorting n log n",
+             tuple(count // k for k in (8, 4, 2, 1)), lambda n: selection_row(n).measured)]
+
+
+def print_growth(rows, repeats):
+    """A table: least-squares slope of log seconds over log size."""
+    print("\n| cost of | against | at | ms there | fitted exponent | of the method |\n"
+          + "|---" * 6 + "|")
+    for what, against, expected, points, make in rows:
+        samples = take_turns([sampler(make(n)) for n in points], repeats)
+        slopes = np.polyfit(np.log(points), np.log(samples).T, 1)[0]
+        print(f"| {what} | {against} | {', '.join(map(str, points))} | "
+              + ", ".join(f"{1e3 * s:.3g}" for s in np.median(samples, 0))
+              + f" | {show(slopes, '{:.2f}')} | {expected} |", flush=True)
+
+
+# ---- the tables ------------------------------------------------------------------------------
+def main(args):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    print(f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}; median (range) of {args.repeats} pairs of samples\n")
+    print("| what | floor or peer | measured ms | floor ms | measured / floor | target |\n"
+          + "|---" * 6 + "|")
+    bench = set_up(device)
+    for row in [*proxy_rows(bench), *meta_rows(bench), *forward_rows(bench),
+                selection_row(args.ratings)]:
+        pair = [sampler(function, row.units) for function in (row.measured, row.floor)]
+        print_row(row.what, row.against, take_turns(pair, args.repeats), row.target)
+    toy = take_turns([sampler(lambda: proxy_stage.draw_toy(20_000, 16, 0, "train"))], args.repeats)
+    print_row("drawing 20,000 toy pairs", "2 seconds", np.hstack([toy, 0 * toy + 2]), 1)
+    print_row("proxy step, 2 processes of 1 thread", "1 process of 2 threads", take_turns(
+        [start(2, args.steps), start(1, args.steps)], args.repeats), 1 / 0.8)
+    print_growth(growth_rows(device, args.ratings // 4), args.repeats)
+    if device.type == "cuda":
+        print(f"\nPeak memory {torch.cuda.max_memory_allocated() / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ratings", type=int, default=30_000_000, help="of the selection")
+    parser.add_argument("--steps", type=int, default=100, help="of the two-process row")
+    parser.add_argument("--quick", action="store_true", help="small and few, to see that it works")
+    parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.repeats, arguments.ratings, arguments.steps = 2, 1_000_000, 20
+        SAMPLE_SECONDS = 0.02
+    work(arguments.work) if arguments.work else main(arguments)
