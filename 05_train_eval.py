@@ -46,6 +46,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 from torchvision.models import inception_v3
 from torchvision.transforms import InterpolationMode, functional as image_ops
 
@@ -376,7 +377,14 @@ def draw_results(path, results, arms):
         better = "more" if METRICS[metric] > 0 else "less"
         axis.set(xlabel=f"{metric} ({better} is better)")
         axis.grid(axis="x", alpha=0.3)
-        axis.set_xlim(left=0 if metric != "held-out" else None)
+        if better == "less":                               # some selections are worse tenfold
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("")
+            axis.tick_params(axis="x", labelsize=8)
+        else:
+            axis.set_xlim(left=0)
     axes[0].set_yticks(range(len(arms)), [arm.name for arm in arms])
     axes[0].invert_yaxis()
     figure.tight_layout()

@@ -46,6 +46,7 @@ conftest = importlib.import_module("conftest")
 
 OTHERS = ("chaotic-noise", "chaotic-caption", "plain")
 OURS, LOSS, FREE = "eq. 6, as shipped", "eq. 9, as shipped", "eq. 6, no entropy term (--tau 0)"
+SIGMOID = "row 3, half: sigmoid head, one softmax, no entropy term"
 SOFTMAX = "row 3: sigmoid head, second softmax, no entropy term"
 DIVIDED = "row 4: weighted loss divided by its batch again"
 SCHEDULE = "row 5: validation only at first"
@@ -65,12 +66,17 @@ def scale(s):
     return s / s.std().clamp_min(1e-8)
 
 
-def soften_twice(rater, x, c, group_size):
-    """In place of eq. 7: a sigmoid before the softmax, and a second softmax over W_inst W_batch."""
+def soften(rater, x, c, group_size):
+    """In place of eq. 7: a sigmoid before the softmax, so that weights differ by at most e."""
     f = rater.features(x, c)                                                  # (B, D)
     W_inst = rater.logits(f).sigmoid().view(-1, group_size).softmax(1)        # (B / G, G)
     groups = f.view(-1, group_size, f.shape[-1])                              # (B / G, G, D)
-    W_batch = rater.group_weight(groups.mean(1), groups.var(1, unbiased=False))   # (B / G, 1)
+    return W_inst, rater.group_weight(groups.mean(1), groups.var(1, unbiased=False))
+
+
+def soften_twice(rater, x, c, group_size):
+    """In place of eq. 7: `soften`, and a second softmax over W_inst W_batch, as in training."""
+    W_inst, W_batch = soften(rater, x, c, group_size)                         # (B / G, G or 1)
     return (W_inst * W_batch).softmax(1), torch.ones_like(W_batch)
 
 
@@ -107,7 +113,7 @@ def departures(steps):
         "signal standardised, not ranked": ("", [(rater_stage, "rank_normal", standardise)]),
         "signal neither ranked nor centred": ("", [(rater_stage, "rank_normal", scale)]),
         "t not shifted": ("", [(rater_stage, "T_SHIFT", 0.0)]),
-        SOFTMAX: ("--tau 0", [twice]),
+        SIGMOID: ("--tau 0", [(rater_stage, "weigh", soften)]), SOFTMAX: ("--tau 0", [twice]),
         DIVIDED: ("", [(proxy_stage, "flow_loss", reweigh(lambda k: (1 / PER_GPU, 1.0)))]),
         SCHEDULE: ("", [(proxy_stage, "flow_loss", reweigh(lambda k: (1 - ul(k), ul(k))))]),
         RELEASED: ("--signal loss --tau 0",
@@ -226,7 +232,7 @@ def training(bench):
     print_head("variant", "over noise", "over wrong caption", "over plain",
                "wrong caption, minus as shipped", "informative in the top half", "ESS",
                "L(theta) - L(theta_hat), training pairs")
-    for name in (OURS, FREE, SOFTMAX, DIVIDED, SCHEDULE, LOSS, FREE_LOSS, RELEASED):
+    for name in (OURS, FREE, SIGMOID, SOFTMAX, DIVIDED, SCHEDULE, LOSS, FREE_LOSS, RELEASED):
         base, table = LOSS if name in (LOSS, FREE_LOSS, RELEASED) else OURS, []
         for seed in bench.seeds:
             strata, (_, log, seen) = bench.strata(seed), bench.rater(seed, name)
@@ -266,7 +272,8 @@ def draw_stopping(bench):
             axis.plot(steps, lines.T, style, color=colour, linewidth=0.7, alpha=0.6)
             axis.plot(steps, lines.mean(0), style, color=colour, linewidth=2,
                       label=name.replace(" (--tau 0)", "").replace(", as shipped", ""))
-            axis.set(xlabel="meta step", title=f"informative over {other}", ylim=(-0.02, 1.02))
+            axis.set(xlabel="meta step", ylim=(-0.02, 1.02))
+            axis.set_title(f"informative over {other}", fontsize=9)
     axes[0].set_ylabel("AUC of the logits")
     axes[0].legend(fontsize=8, loc="lower right")
     proxy_stage.save_figure(figure, bench.out / "departures-stopping.png")

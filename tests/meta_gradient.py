@@ -9,8 +9,8 @@
     validation   how many trusted pairs does eq. 6 need, and how clean have they to be?
     diversity    purity and coverage of what every rule selects, and the model trained on it
 
-    python tests/meta_gradient.py exact distance --seeds 5         TIME_A, one thread
-    python tests/meta_gradient.py validation diversity --seeds 3   TIME_B, one thread
+    python tests/meta_gradient.py exact distance --seeds 5         twelve minutes, one thread
+    python tests/meta_gradient.py validation diversity --seeds 3   forty minutes, one thread
 
 A seed redraws everything: the toy corpus, the warm proxy (made here as 01_proxy.py makes it), the
 rater, the downstream model. Prints Markdown tables, mean and 95 % interval (Student's t) over
@@ -327,7 +327,7 @@ def draw_distance(path, curves, inner):
 
 # ---- validation: what the trusted pairs may be -----------------------------------------------
 TRUSTED = {                # pairs, share of plain ones, share of wrong captions
-    "1,000 clean pairs (as shipped)": (1000, 0.0, 0.0), "200 clean pairs": (200, 0.0, 0.0),
+    "1,000 clean pairs (the default)": (1000, 0.0, 0.0), "200 clean pairs": (200, 0.0, 0.0),
     "50 clean pairs": (50, 0.0, 0.0), "1,000, of which 20 % plain": (1000, 0.2, 0.0),
     "1,000, of which 50 % plain": (1000, 0.5, 0.0),
     "1,000, of which 10 % under wrong captions": (1000, 0.0, 0.1)}
@@ -383,14 +383,14 @@ def validation(args):
 
 # ---- diversity: purity and coverage of a selection -------------------------------------------
 KEEP = (0.1, 0.2, 0.3, 0.5)
-SIGNALS = {"eq. 6": "difference", "eq. 9": "loss"}
+SIGNALS = {"eq. 6": ("difference", eval_stage.EQ6), "eq. 9": ("loss", eval_stage.EQ9)}
 MARKERS = {"random": "s", "Top-K": "^", "Block": "v", "Gsample": "o", "Shift-Gsample": "D"}
 
 
 def list_selections():
     """(signal's name or '', rule, Arm of stage 5) of everything that is compared."""
     chosen = [("", "random", eval_stage.Arm(f"random {keep:.0%}", keep=keep)) for keep in KEEP]
-    return chosen + [(label, rule, eval_stage.ruled((label, ""), rule, keep))
+    return chosen + [(label, rule, eval_stage.ruled(SIGNALS[label][1], rule, keep))
                      for label in SIGNALS for rule in eval_stage.RULES for keep in KEEP]
 
 
@@ -427,7 +427,7 @@ def measure_selections(seed, args):
         min(eval_stage.DRAWN, len(test))))[0])[0])
     found, file = [], Path(args.out) / "selection.npy"
     for label, _, arm in list_selections():
-        rating = (rate(seed, args.smoke, SIGNALS[label]).numpy() if label
+        rating = (rate(seed, args.smoke, SIGNALS[label][0]).numpy() if label
                   else np.zeros(len(pairs)))
         rows, _ = select_stage.select(rating, arm.method, arm.keep, seed=seed, **arm.settings)
         np.save(file, rows)
