@@ -20,7 +20,7 @@ Reads    out/proxy.pt, out/rater.pt                       (--signal loss: out/ra
 Writes   out/ratings.csv, out/ratings.png (histogram), out/ratings-bands.png (pictures by
          percentile, the paper's Fig. 5), out/ratings-dynamics.png (its Fig. 3)
          (--signal loss: the same with ratings-loss)
-Run      python 03_score.py                               twenty seconds on two cores
+Run      python 03_score.py                      half a minute on two cores, most for figures
          torchrun --nproc-per-node 2 03_score.py
 """
 import csv

@@ -7,7 +7,7 @@
     python tests/departures.py scoring          rows 6 to 8: batch-mates, blank captions, duplicates
     python tests/departures.py stopping         row 10: early stopping; figure
 
-Several names share what they train; without a name all run, in about 40 minutes on one core with
+Several names share what they train; without a name all run, in about 50 minutes on one core with
 three seeds. Markdown tables on stdout: mean and half-width of a 95 % interval over paired seeds, of
 data, proxy and rater; figures in --out. The corpus is drawn and the proxy warmed up as by
 01_proxy.py without flags. A departure is a function or a number that takes the place of one of the
