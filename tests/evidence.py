@@ -11,7 +11,7 @@ Every seed redraws the corpus and trains its own proxies, rater and downstream m
 evaluation pairs and the judge are those of seed 0 throughout. "±" is the half-width of a 95 %
 interval; after the semicolon, the paired difference with the baseline named above the table, and
 whether it wins, ties or loses. Warm-ups, raters and arms are kept in --out (delete it to begin
-anew), so that the commands share them. So far run with --smoke alone: the README quotes no number of it.
+anew), so that the commands share them. So far run with --smoke alone; no number of it is quoted anywhere.
 """
 import argparse
 import contextlib
@@ -95,7 +95,7 @@ def draw_clean(n, size, seed, split, words=16):
     for k, caption in enumerate(proxy_stage.describe(what)):
         where = ("left", "middle", "right")[place[k]] if small[k] else "middle"
         captions.append(f"a {'small' if small[k] else 'large'} {'faint' if faint[k] else 'strong'}"
-                        f" {caption[2:]} that stands in the {where} of the picture")
+                        f" {caption[2:]} standing in the {where} of the picture")
     strata = [f"{'small' if a else 'large'} {'faint' if b else 'strong'}"
               for a, b in zip(small, faint)]
     return make_pairs(images.astype(np.float32), captions, strata, split, words)

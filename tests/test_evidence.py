@@ -1,0 +1,91 @@
+"""The questions of tests/evidence.py, tiny, and what its networks and corpora promise."""
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+evidence = importlib.import_module("evidence")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("evidence")
+
+
+@pytest.mark.parametrize("question", evidence.QUESTIONS)
+def test_every_question_yields_its_table(folder, question, capsys, monkeypatch):
+    """One row per case, every row as wide as its head."""
+    for name, fewer in (("CASES", evidence.CASES[:2]), ("TABLE_3", ("preference pairs",)),
+                        ("READINGS", {"one shard a group": 32}),
+                        ("CURVES", dict.fromkeys(evidence.CURVES, (8, 16))),
+                        ("MODELS", {k: v for k, v in evidence.MODELS.items() if "x" not in k})):
+        monkeypatch.setattr(evidence, name, fewer)
+    evidence.main([question, "--smoke", "--seeds", "1", "--out", str(folder)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) > 2
+    if question != "time":                                 # which prints a second table
+        assert len({line.count(" | ") for line in lines if "---" not in line}) == 1
+
+
+def test_lora_learns_few_parameters_and_leaves_the_base_alone():
+    torch.manual_seed(0)
+    net = evidence.proxy_stage.DiT(16, 4, 64, 3, 8)
+    torch.nn.init.normal_(net.from_patch.weight)
+    for block in net.blocks:                               # or its gates let nothing through
+        torch.nn.init.normal_(block.modulation[1].weight, std=0.1)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    pairs = evidence.draw_toy(64, 16, 0, "val")
+    x, c = pairs.batch(np.arange(8))
+    expected = net(x, torch.full((8,), 0.5), c)
+    evidence.add_lora(net, rank=4)
+    assert torch.equal(net(x, torch.full((8,), 0.5), c), expected)            # zero at first
+    learnt = {name for name, p in net.named_parameters() if p.requires_grad}
+    shapes = [(64, 192), (64, 64), (64, 256), (256, 64)]   # qkv, out, and the two of the MLP
+    assert sum(net.get_parameter(name).numel() for name in learnt) == 3 * sum(
+        4 * (a + b) for a, b in shapes)
+    evidence.proxy_stage.train(net, pairs, 6, 16, 1e-2, 0)
+    after = {name.replace(".base.", "."): value for name, value in net.state_dict().items()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not torch.equal(net(x, torch.full((8,), 0.5), c), expected)
+
+
+def test_unet_keeps_the_shape_and_reads_the_caption():
+    torch.manual_seed(0)
+    net = evidence.UNet()
+    torch.nn.init.normal_(net.leave[2].weight)
+    x, t = torch.randn(4, 3, 16, 16), torch.rand(4)
+    c = evidence.proxy_stage.tokenize(["a red circle"] * 2 + ["a blue square"] * 2, 8)
+    assert net(x, t, c).shape == x.shape
+    assert not torch.allclose(net(x, t, c)[:2], net(x, t, c.flip(0))[:2])
+
+
+def test_preference_pairs_hold_every_caption_with_a_good_and_a_worse_picture():
+    pairs = evidence.draw_preferences(200, 16, 0, "train")
+    good = np.array(pairs.strata) == "informative"
+    captions = np.array(pairs.captions)
+    assert sorted(captions[good]) == sorted(captions[~good]) and good.sum() == 100
+
+
+def test_long_captions_fit_and_pictures_vary():
+    pairs = evidence.draw_clean(200, 16, 0, "train")
+    assert max(len(caption.split()) for caption in pairs.captions) <= 16
+    assert len(set(pairs.strata)) == 4 and pairs.images.flatten(1).unique(dim=0).shape[0] == 200
+
+
+def test_shards_are_read_one_by_one_and_validation_as_always():
+    read = evidence.read_shards(800, 32)                   # 20 shards of 40
+    batch, = read(800, 64, 0, 0, 1)
+    first, second = batch[:32] // 40, batch[32:] // 40
+    assert len(set(first)) == len(set(second)) == 1 and len(set(batch)) == 64
+    usual = evidence.proxy_stage.draw_batches(100, 20, 0, 0, 3)
+    assert all((a == b).all() for a, b in zip(read(100, 20, 0, 0, 3), usual))
+
+
+def test_speed_up_is_read_off_between_the_points():
+    assert evidence.reach([10, 100], [0.0, 1.0], 0.5, 1) == pytest.approx(10 ** 1.5)
+    assert evidence.reach([10, 100], [0.5, 0.4], 0.6, -1) == 10
+    assert evidence.reach([10, 100], [0.0, 1.0], 2.0, 1) == np.inf
