@@ -1,0 +1,37 @@
+"""Paired difference of any two arms in a results CSV of stage 5, which prints those with baselines.
+
+    python tests/compare.py .assets/results-main.csv "eq. 9, Block 50%" "eq. 9, Shift-Gsample 50%"
+
+Prints the mean over seeds of first arm minus second, its 95 % interval and what that means.
+"""
+import csv
+import importlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+eval_stage = importlib.import_module("05_train_eval")
+
+
+def compare(path, one, two):
+    """{metric: 'difference, interval, verdict'} of two arms over the seeds that both have."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = {(row["arm"], row["seed"]): row for row in csv.DictReader(file)}
+    seeds = sorted(seed for arm, seed in rows if arm == one and (two, seed) in rows)
+    if not seeds:
+        raise SystemExit(f"{path}: no seed with both arms, {one} and {two}; it has "
+                         f"{', '.join(sorted({arm for arm, _ in rows}))}")
+    found = {}
+    for metric, sign in eval_stage.METRICS.items():
+        mean, half = eval_stage.interval(
+            [float(rows[one, seed][metric]) - float(rows[two, seed][metric]) for seed in seeds])
+        found[metric] = (f"{eval_stage.show_interval(mean, half, '+')} "
+                         f"{eval_stage.verdict(mean, half, sign)}")
+    return found
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        raise SystemExit(__doc__)
+    print(f"{sys.argv[2]}, minus {sys.argv[3]}: " + ", ".join(
+        f"{metric} {words}" for metric, words in compare(*sys.argv[1:]).items()))
