@@ -39,12 +39,13 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from torch.utils.data import DistributedSampler
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-proxy_stage, rater_stage, score_stage, eval_stage = (importlib.import_module(name) for name in (
-    "01_proxy", "02_meta_rater", "03_score", "05_train_eval"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import (STAGES, OTHERS, areas, cell, head, positions, show, spearman,  # noqa: E402
+                    warm_up)
+
+proxy_stage, rater_stage, score_stage, _, eval_stage = STAGES
 conftest = importlib.import_module("conftest")
 
-OTHERS = ("chaotic-noise", "chaotic-caption", "plain")
 OURS, LOSS, FREE = "eq. 6, as shipped", "eq. 9, as shipped", "eq. 6, no entropy term (--tau 0)"
 SIGMOID = "row 3, half: sigmoid head, one softmax, no entropy term"
 SOFTMAX = "row 3: sigmoid head, second softmax, no entropy term"
@@ -136,13 +137,10 @@ class Bench:
     @functools.cache
     def warm(self, seed):
         """Settings, training pairs, validation pairs and the weights after eq. 4."""
-        settings = proxy_stage.parse_args(["--seed", str(seed), *self.flags])
-        torch.manual_seed(seed)
-        pairs, val, _ = proxy_stage.load_data(settings, "cpu")
-        ref = proxy_stage.build_proxy(settings, "cpu")
-        proxy_stage.train(ref, pairs, settings.steps, settings.batch_size, settings.lr, seed)
+        settings, (pairs, val, _), ref = warm_up(seed, bool(self.flags))
         return settings, pairs, val, ref.state_dict()
 
+    @torch.enable_grad()                                   # callers that only look have it off
     def learn(self, seed, pairs, weights, flags=()):
         """Stage 2 on `pairs` from these weights of both proxies."""
         settings, _, val, _ = self.warm(seed)
@@ -171,24 +169,10 @@ class Bench:
         return np.array(self.warm(seed)[1].strata)
 
 
-def aucs(rating, strata):
-    """P(an informative pair is rated above one of the stratum), for OTHERS."""
-    return [score_stage.auc(rating[strata == "informative"], rating[strata == name])
-            for name in OTHERS if name in strata]
-
-
 def pure(rating, strata, share):
     """Share of informative pairs among the best rated `share`."""
     best = np.argsort(-rating, kind="stable")[:round(share * len(rating))]
     return np.mean(strata[best] == "informative")
-
-
-def positions(values):
-    return np.argsort(np.argsort(values, kind="stable"), kind="stable")
-
-
-def spearman(a, b):
-    return np.corrcoef(positions(np.asarray(a)), positions(np.asarray(b)))[0, 1]
 
 
 def shared_top(a, b):
@@ -197,14 +181,9 @@ def shared_top(a, b):
     return np.logical_and(*top).mean() * 2
 
 
-def print_head(*names):
-    print("\n| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|", flush=True)
-
-
 def print_row(name, table):
     """One line; table (seeds, columns)."""
-    cells = (eval_stage.show_interval(*eval_stage.interval(column)) for column in zip(*table))
-    print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    show(name, *map(cell, zip(*table)))
 
 
 def of_log(log, name):
@@ -215,28 +194,28 @@ def of_log(log, name):
 # ---- the tables ------------------------------------------------------------------------------
 def additions(bench):
     """Each addition switched off: AUC of the logits, and the health of the weights."""
-    print_head("variant", "over noise", "over wrong caption", "over plain", "lowest ESS",
+    head("variant", "over noise", "over wrong caption", "over plain", "lowest ESS",
                "lowest W_batch", "highest W_batch")
     for name in (OURS, FREE, "signal standardised, not ranked",
                  "signal neither ranked nor centred", "t not shifted"):
         table = []
         for seed in bench.seeds:
             _, log, seen = bench.rater(seed, name)
-            table.append([*aucs(seen[bench.steps], bench.strata(seed)), of_log(log, "ess").min(),
+            table.append([*areas(seen[bench.steps], bench.strata(seed)), of_log(log, "ess").min(),
                           of_log(log, "W_batch").min(), of_log(log, "W_batch").max()])
         print_row(name, table)
 
 
 def training(bench):
     """Rows 3 to 5: AUC at equal steps; the difference is paired, against the same signal."""
-    print_head("variant", "over noise", "over wrong caption", "over plain",
+    head("variant", "over noise", "over wrong caption", "over plain",
                "wrong caption, minus as shipped", "informative in the top half", "ESS",
                "L(theta) - L(theta_hat), training pairs")
     for name in (OURS, FREE, SIGMOID, SOFTMAX, DIVIDED, SCHEDULE, LOSS, FREE_LOSS, RELEASED):
         base, table = LOSS if name in (LOSS, FREE_LOSS, RELEASED) else OURS, []
         for seed in bench.seeds:
             strata, (_, log, seen) = bench.strata(seed), bench.rater(seed, name)
-            cells, ours = (aucs(of[bench.steps], strata) for of in (
+            cells, ours = (areas(of[bench.steps], strata) for of in (
                 seen, bench.rater(seed, base)[2]))
             table.append([*cells, cells[1] - ours[1], pure(seen[bench.steps], strata, 0.5),
                           of_log(log, "ess").mean(), of_log(log, "gap_mean").mean()])
@@ -246,7 +225,7 @@ def training(bench):
 def stopping(bench):
     """Row 10: AUC, purity and ESS against meta steps, with and without the entropy term."""
     moments = [max(1, round(share * bench.steps)) for share in (0.05, 0.15, 0.25, 0.5, 1)]
-    print_head("signal, entropy term", "meta steps", "over noise", "over wrong caption",
+    head("signal, entropy term", "meta steps", "over noise", "over wrong caption",
                "over plain", "informative in the top tenth", "in the top half", "ESS")
     for name in (OURS, FREE, LOSS, FREE_LOSS):
         for k in moments:
@@ -254,7 +233,7 @@ def stopping(bench):
             for seed in bench.seeds:
                 strata, (_, log, seen) = bench.strata(seed), bench.rater(seed, name)
                 ess = log[max(0, k - 20):k, rater_stage.COLUMNS.index("ess") - 1].mean()
-                table.append([*aucs(seen[k], strata), pure(seen[k], strata, 0.1),
+                table.append([*areas(seen[k], strata), pure(seen[k], strata, 0.1),
                               pure(seen[k], strata, 0.5), ess])
             print_row(f"{name} | {k}", table)
     draw_stopping(bench)
@@ -266,7 +245,7 @@ def draw_stopping(bench):
     for name, colour, style in ((OURS, "#0072B2", "-"), (FREE, "#0072B2", ":"),
                                 (LOSS, "#D55E00", "-"), (FREE_LOSS, "#D55E00", ":")):
         steps = sorted(bench.rater(0, name)[2])
-        curves = np.array([[aucs(bench.rater(seed, name)[2][k], bench.strata(seed)) for k in steps]
+        curves = np.array([[areas(bench.rater(seed, name)[2][k], bench.strata(seed)) for k in steps]
                            for seed in bench.seeds])                          # (seeds, times, 3)
         for axis, other, lines in zip(axes, OTHERS, curves.transpose(2, 0, 1)):
             axis.plot(steps, lines.T, style, color=colour, linewidth=0.7, alpha=0.6)
@@ -284,7 +263,7 @@ def assumption(bench):
 
     The small corpus is memorised step by step; its first row and the full corpus' are the warm-up.
     """
-    print_head("corpus", "steps of theta_hat", "L(theta_hat)", "L of perfect memory",
+    head("corpus", "steps of theta_hat", "L(theta_hat)", "L of perfect memory",
                "norm of exact gradient", "eq. 6 with exact", "eq. 9 with exact",
                "eq. 9 with eq. 6 later", "share of L(theta_hat) in eq. 9's variance",
                "over plain, eq. 6", "over plain, eq. 9")
@@ -342,7 +321,7 @@ def compare_signals(bench, seed, pairs, weights, beta=0.01):
     strata = np.array(pairs.strata)
     return [L_hat.mean().item(), perfect_memory(pairs, train), exact.norm().item() / beta, *first,
             spearman(loss + gap, gap), loss.var() / (loss.var() + gap.var()),
-            *(aucs(-signal, strata)[-1] for signal in (gap, loss + gap))]
+            *(areas(-signal, strata)[-1] for signal in (gap, loss + gap))]
 
 
 def perfect_memory(pairs, batch):
@@ -358,7 +337,7 @@ def perfect_memory(pairs, batch):
 
 def weights(bench):
     """Rows 3, 4 and 9: how far weights can differ, what trains theta, what W_batch does."""
-    print_head("pairs under the softmax", "largest ratio of two weights: possible, row 3",
+    head("pairs under the softmax", "largest ratio of two weights: possible, row 3",
                "measured, row 3", "measured, as shipped", "ESS: lowest possible, row 3",
                "measured, row 3", "measured, as shipped")
     sizes = (2, 8, 32) if bench.flags else (2, 8, 32, 64, 128, 512)
@@ -367,7 +346,7 @@ def weights(bench):
         row3, ours = ([spread(bench, seed, name, weigh, B) for seed in bench.seeds] for name, weigh
                       in ((SOFTMAX, soften_twice), (OURS, rater_stage.weigh)))
         print_row(f"{B}", [(ratio, a[0], b[0], ess, a[1], b[1]) for a, b in zip(row3, ours)])
-    print_head("batch", "eq. 5", "row 4: g_train / B", "and first weighted epoch (0.97)",
+    head("batch", "eq. 5", "row 4: g_train / B", "and first weighted epoch (0.97)",
                "and last epoch (0.73)")
     for B in (32, 64) if bench.flags else (32, 64, 512):
         print_row(f"{B}", [gradient_shares(bench, seed, B) for seed in bench.seeds])
@@ -448,15 +427,15 @@ def score_batches(rater, pairs, order, size):
 
 
 def scoring(bench):
-    print_head("rows 6 and 7: a corpus scored twice", "rank correlation", "shared top half",
+    head("rows 6 and 7: a corpus scored twice", "rank correlation", "shared top half",
                "mean rating, last batch / others", "over wrong caption, first", "second")
     tables = [rescore(bench, seed) for seed in bench.seeds]                   # {name: cells}
     for name in tables[0]:
         print_row(name, [table[name] for table in tables])
-    print_head("row 7: pairs whose caption was blanked", "in the top half before", "after")
+    head("row 7: pairs whose caption was blanked", "in the top half before", "after")
     for stratum in ("informative", *OTHERS):
         print_row(stratum, [blank(bench, seed)[2][stratum] for seed in bench.seeds])
-    print_head("row 8: 2 processes, 1001 pairs, 10 broken", "lines", "pairs twice or more",
+    head("row 8: 2 processes, 1001 pairs, 10 broken", "lines", "pairs twice or more",
                "readable pairs missing", "broken pairs rated")
     for name, keys in (("released: padding, next row", replace_broken(1001)),
                        ("ours, torchrun 03_score.py", rate_broken(1001))):
@@ -477,7 +456,7 @@ def rescore(bench, seed):
         rest = np.setdiff1d(listed, last)
         return (spearman(one, two), shared_top(one, two),
                 two[last].mean() / two[rest].mean() if len(last) else 1.0,
-                aucs(one, strata)[1], aucs(two, strata)[1])
+                areas(one, strata)[1], areas(two, strata)[1])
     first = score_batches(nets["rater"], pairs, listed, size)
     again = np.argsort(-first, kind="stable")
     by_rating = score_batches(nets["rater"], pairs, again, size)

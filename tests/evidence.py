@@ -16,7 +16,6 @@ anew), so that the commands share them. So far run with --smoke alone; no number
 import argparse
 import contextlib
 import functools
-import importlib
 import os
 import re
 import sys
@@ -30,12 +29,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-proxy_stage, rater_stage, score_stage, select_stage, train_stage = (
-    importlib.import_module(name) for name in (
-        "01_proxy", "02_meta_rater", "03_score", "04_select", "05_train_eval"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import STAGES, OTHERS, areas, head, show  # noqa: E402
+
+proxy_stage, rater_stage, score_stage, select_stage, train_stage = STAGES
 draw_toy, interval, METRICS = proxy_stage.draw_toy, train_stage.interval, train_stage.METRICS
-STRATA = ("chaotic-noise", "chaotic-caption", "plain")
 RATING, LOSS, DIFFERENCE = (([*score_stage.NUMBERS, *score_stage.BASELINES]).index(name)
                             for name in ("rating", "loss", "difference"))
 SELECTIONS = {             # name: signal of the rater, rule, retention
@@ -347,15 +345,6 @@ class Lab:
 
 
 # ---- tables ----------------------------------------------------------------------------------
-def show(*cells):
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-
-
-def head(*names):
-    show(*names)
-    print("|---" * len(names) + "|", flush=True)
-
-
 def cell(values, baseline=None, sign=1):
     """'mean ± half'; with a baseline also the paired difference and what it means."""
     text = train_stage.show_interval(*interval(values))
@@ -382,12 +371,6 @@ def composition(rows):
 def timed(function):
     began = time.process_time()
     return function(), time.process_time() - began
-
-
-def areas(rating, strata):
-    """AUC of informative pairs over every other stratum."""
-    good = rating[strata == "informative"]
-    return [float(score_stage.auc(good, rating[strata == name])) for name in STRATA]
 
 
 def learn_quarter(lab, seed):
@@ -420,7 +403,7 @@ def forward(lab, seeds):
     print("AUC of informative pairs in three quarters of the corpus; after the semicolon, minus "
           "-difference with 8 draws of the same training. Processor time; -loss, one proxy, is "
           "counted as half of the difference, two\n")
-    head("trained on", "ranking", "seconds per 1000 pairs", *(f"over {name}" for name in STRATA))
+    head("trained on", "ranking", "seconds per 1000 pairs", *(f"over {name}" for name in OTHERS))
     for source in ("a quarter", "all pairs"):
         runs = [lab.keep(f"forward-{source}-{seed}", lambda: rank_unseen(lab, seed, source))
                 for seed in seeds]
@@ -437,7 +420,7 @@ def draw_forward(path, runs):
     """Cost against AUC, a point per seed and ranking of the quarter-trained networks."""
     figure, axes = plt.subplots(1, 3, figsize=(10, 3), sharex=True)
     styles = {"rater": ("o", "#0072B2"), "-difference": ("s", "#009E73"), "-loss": ("^", "#E69F00")}
-    for axis, (column, stratum) in zip(axes, enumerate(STRATA)):
+    for axis, (column, stratum) in zip(axes, enumerate(OTHERS)):
         for kind, (marker, colour) in styles.items():
             for name in (key for key in runs[0] if key.startswith(kind)):
                 axis.plot([run[name][1] for run in runs], [run[name][0][column] for run in runs],
@@ -471,7 +454,7 @@ def signals(lab, seeds):
     names = {"difference": "eq. 6, shared noise", "loss": "eq. 9 (without theta_hat)",
              "difference independent": "eq. 6, independent noise"}
     print("AUC of informative pairs; of the metrics, the difference with random 50 %\n")
-    head("signal", "validation", *(f"over {name}" for name in STRATA), "ms a step", "selection",
+    head("signal", "validation", *(f"over {name}" for name in OTHERS), "ms a step", "selection",
          "composition", *METRICS)
     show("none", *[""] * 5, "random 50%", composition(base), *metric_cells(base))
     for signal, validation, name in CASES:
@@ -670,7 +653,7 @@ MODELS = {                 # name: builder of (lab, seed), epochs, learning rate
     "DiT, 1x": (lambda lab, seed: None, 16, 5e-3, 9),
     "U-Net": (lambda lab, seed: lambda settings, device: UNet(), 16, 5e-3, 9),
     "pretrained DiT, LoRA": (adapt, 8, 5e-3, 9),
-    "DiT, 8x": (lambda lab, seed: wide(192, 4), 16, 5e-3 / 3, 1)}
+    "DiT, 8x": (lambda lab, seed: wide(192, 4), 8, 5e-3 / 3, 3)}
 
 
 def models(lab, seeds):

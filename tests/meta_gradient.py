@@ -19,7 +19,6 @@ seeds; figures into --out. AUC = P(an informative pair is rated above one of the
 import argparse
 import copy
 import functools
-import importlib
 import sys
 import time
 from pathlib import Path
@@ -30,42 +29,12 @@ from matplotlib import pyplot as plt
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-proxy_stage, rater_stage, score_stage, select_stage, eval_stage = (
-    importlib.import_module(name) for name in (
-        "01_proxy", "02_meta_rater", "03_score", "04_select", "05_train_eval"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import STAGES, areas, cell, print_table, spearman, warm_up  # noqa: E402
 
-OTHERS = ("chaotic-caption", "chaotic-noise", "plain")     # strata, beside the informative one
+proxy_stage, rater_stage, score_stage, select_stage, eval_stage = STAGES
+OTHERS = ("chaotic-caption", "chaotic-noise", "plain")     # the strata in the order of the tables
 LEVELS = (0.4, 0.6, 0.8, 0.95)                             # t of the loss that is looked at
-
-
-# ---- shared by all questions -----------------------------------------------------------------
-@functools.lru_cache(maxsize=None)
-def warm_up(seed, smoke):
-    """Settings, splits (train, val, test) and warm proxy, as 01_proxy.py --seed `seed` has them."""
-    settings = proxy_stage.parse_args(["--seed", str(seed)] + ["--smoke"] * smoke)
-    torch.manual_seed(seed)
-    splits = proxy_stage.load_data(settings, "cpu")
-    proxy = proxy_stage.build_proxy(settings, "cpu")
-    proxy_stage.train(proxy, splits[0], settings.steps, settings.batch_size, settings.lr, seed)
-    return settings, splits, proxy
-
-
-def compare_strata(rating, strata):
-    """AUC of informative pairs over every other stratum, (3,) in the order of OTHERS."""
-    good = rating[strata == "informative"]
-    return [score_stage.auc(good, rating[strata == other]) for other in OTHERS]
-
-
-def show(values, digits=3):
-    """'mean ± half-width of the 95 % interval' of one value per seed."""
-    mean, half = eval_stage.interval(values)
-    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
-
-
-def print_table(columns, rows):
-    proxy_stage.print0("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|\n"
-                       + "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n")
 
 
 # ---- exact: eq. 6 beside the unrolled meta-gradient ------------------------------------------
@@ -106,11 +75,6 @@ def part_by_descent(proxy, train, val, W, beta, steps):
     return nets
 
 
-def rank_correlation(a, b):
-    """Spearman's, of two (B,)."""
-    return torch.corrcoef(torch.stack([a, b]).argsort(1).argsort(1).float())[0, 1].item()
-
-
 def compare_gradients(proxy, train, val, other, beta, steps):
     """Rank correlation with the exact gradient: eq. 6 with one noise, with two, eq. 9; seconds of
     the exact gradient over those of eq. 6. `other`: the training pairs under a second noise."""
@@ -124,7 +88,7 @@ def compare_gradients(proxy, train, val, other, beta, steps):
         seconds = time.process_time() - middle
         L_far = proxy_stage.flow_loss(hat, *other)                            # (B,)
     signals = (L_theta - L_hat, L_theta - L_far, L_theta)
-    return [rank_correlation(s, exact) for s in signals] + [(middle - start) / seconds]
+    return [spearman(s, exact) for s in signals] + [(middle - start) / seconds]
 
 
 def draw_pairs(seed, smoke, n=64):
@@ -163,8 +127,8 @@ def exact(args):
                 proxy_stage.print0(f"seed {seed}  K {steps}  beta {beta}  " + "  ".join(
                     f"{number:.3f}" for number in numbers))
     one_step, unrolled = measure_memory(*batches[:3])
-    rows = [[steps, beta, *(show(column) for column in np.transpose(numbers)[:3]),
-             show(np.transpose(numbers)[3], 1), f"{unrolled[UNROLLED.index(steps)]:.0f}"]
+    rows = [[steps, beta, *(cell(column, 3) for column in np.transpose(numbers)[:3]),
+             cell(np.transpose(numbers)[3], 1), f"{unrolled[UNROLLED.index(steps)]:.0f}"]
             for (steps, beta), numbers in found.items()]
     print_table(["K", "beta", "eq. 6, one noise", "eq. 6, two noises", "eq. 9",
                  "time, exact / eq. 6", f"MB, exact (eq. 6: {one_step:.0f})"], rows)
@@ -210,7 +174,7 @@ def compare_losses(nets, x, c, eps, strata):
         gaps = [proxy_stage.flow_loss(nets["proxy"], *part) - proxy_stage.flow_loss(
             nets["ref"], *part) for part in zip(*(v.split(PART) for v in (
                 x, c, torch.full((len(x),), t), eps)))]
-        found.append(compare_strata(-torch.cat(gaps).numpy(), strata))
+        found.append(areas(-torch.cat(gaps).numpy(), strata, OTHERS))
     return found
 
 
@@ -232,7 +196,7 @@ def compare_inner_products(proxy, val, x, c, eps, strata, seed):
     with sdpa_kernel(SDPBackend.MATH):                     # fused attention has no forward mode
         for t in LEVELS:
             parts = zip(*(v.split(PART) for v in (x, c, torch.full((len(x),), t), eps)))
-            found.append(compare_strata(torch.cat([along(part) for part in parts]).numpy(), strata))
+            found.append(areas(torch.cat([along(part) for part in parts]).numpy(), strata, OTHERS))
     return found
 
 
@@ -253,7 +217,7 @@ def compare_holdouts(nets, x, c, strata, seed):
             "cpu", seed, "holdout", k))[1] for k, part in enumerate(zip(x.split(PART),
                                                                         c.split(PART)))]
         rating = -torch.cat(parts).numpy()
-        found[name] = [*compare_strata(rating, strata),
+        found[name] = [*areas(rating, strata, OTHERS),
                        score_stage.auc(rating[strata == "plain"], rating[chaotic])]
     return found
 
@@ -286,13 +250,14 @@ def distance(args):
                                     for seed in range(args.seeds)))
     curves, inner = np.array(curves), np.array(inner)      # (seeds, steps, levels, 3), (s., l., 3)
     for k, other in enumerate(OTHERS):
-        rows = [["inner product at 0", *(show(v) for v in inner[:, :, k].T)]]
-        rows += [[step, *(show(v) for v in curves[:, place, :, k].T)]
+        rows = [["inner product at 0", *(cell(v, 3) for v in inner[:, :, k].T)]]
+        rows += [[step, *(cell(v, 3) for v in curves[:, place, :, k].T)]
                  for place, step in enumerate(APART)]
         print_table([f"over {other}, steps apart", *(f"t = {t}" for t in LEVELS)], rows)
     found = {name: np.array([h[name] for h in holdouts]) for name in THETAS}  # (seeds, 4)
-    rows = [[words, *(show(v) for v in found[name].T)] for name, words in THETAS.items()]
-    rows += [[f"{THETAS[name]}, minus eq. 5", *(show(v) for v in (found[name] - found["proxy"]).T)]
+    rows = [[words, *(cell(v, 3) for v in found[name].T)] for name, words in THETAS.items()]
+    rows += [[f"{THETAS[name]}, minus eq. 5",
+              *(cell(v, 3) for v in (found[name] - found["proxy"]).T)]
              for name in ("alone", "scratch")]
     print_table(["theta trained on", *(f"over {other}" for other in OTHERS), "plain over chaotic"],
                 rows)
@@ -371,10 +336,10 @@ def validation(args):
             strata = np.array(warm_up(seed, args.smoke)[1][0].strata)
             rating = rate(seed, args.smoke, trusted=name).numpy()
             good = strata[np.argsort(-rating)] == "informative"
-            numbers.append([*compare_strata(rating, strata), 100 * good[:len(good) // 2].mean()])
+            numbers.append([*areas(rating, strata, OTHERS), 100 * good[:len(good) // 2].mean()])
             deciles.append([100 * part.mean() for part in np.array_split(good, 10)])
         numbers = np.transpose(numbers)
-        rows.append([name, *map(show, numbers[:3]), show(numbers[3], 1),
+        rows.append([name, *(cell(v, 3) for v in numbers[:3]), cell(numbers[3], 1),
                      " ".join(f"{share:.0f}" for share in np.mean(deciles, 0))])
         proxy_stage.print0(*rows[-1])
     print_table(["validation pairs", *(f"over {other}" for other in OTHERS),
@@ -444,8 +409,8 @@ def diversity(args):
     """A table, a row per selection, and the figure."""
     found = np.array([measure_selections(seed, args) for seed in range(args.seeds)])
     arms = [arm for _, _, arm in list_selections()]                           # random ones first
-    rows = [[arm.name, *(show(100 * v, 0) for v in numbers[:4]), show(numbers[4]),
-             show(numbers[5], 1), show(numbers[5] - found[:, KEEP.index(arm.keep), 5], 1)]
+    rows = [[arm.name, *(cell(100 * v, 0) for v in numbers[:4]), cell(numbers[4], 3),
+             cell(numbers[5], 1), cell(numbers[5] - found[:, KEEP.index(arm.keep), 5], 1)]
             for arm, numbers in zip(arms, found.transpose(1, 2, 0))]
     print_table(["selection", "informative, %", "combinations present, %", "effective number, %",
                  "of as many random ones, %", "held-out", "match, %", "match minus random"], rows)

@@ -1,0 +1,66 @@
+"""What the experiment scripts of this folder share: stages, warm proxies, AUCs, Markdown tables."""
+import functools
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+STAGES = proxy_stage, rater_stage, score_stage, select_stage, eval_stage = [
+    importlib.import_module(name) for name in (
+        "01_proxy", "02_meta_rater", "03_score", "04_select", "05_train_eval")]
+OTHERS = ("chaotic-noise", "chaotic-caption", "plain")     # strata, beside the informative one
+
+
+@functools.lru_cache(maxsize=None)
+@torch.enable_grad()
+def warm_up(seed, smoke):
+    """Settings, splits (train, val, test) and warm proxy, as 01_proxy.py --seed `seed` has them."""
+    settings = proxy_stage.parse_args(["--seed", str(seed)] + ["--smoke"] * smoke)
+    torch.manual_seed(seed)
+    splits = proxy_stage.load_data(settings, "cpu")
+    proxy = proxy_stage.build_proxy(settings, "cpu")
+    proxy_stage.train(proxy, splits[0], settings.steps, settings.batch_size, settings.lr, seed)
+    return settings, splits, proxy
+
+
+def areas(rating, strata, others=OTHERS):
+    """AUC: P(an informative pair is rated above one of another stratum), of those there are."""
+    good = rating[strata == "informative"]
+    return [float(score_stage.auc(good, rating[strata == name])) for name in others
+            if name in strata]
+
+
+def positions(values):
+    return np.argsort(np.argsort(np.asarray(values), kind="stable"), kind="stable")
+
+
+def spearman(a, b):
+    """Rank correlation of two (N,)."""
+    return float(np.corrcoef(positions(a), positions(b))[0, 1])
+
+
+def show(*cells):
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def head(*names):
+    print()
+    show(*names)
+    print("|---" * len(names) + "|", flush=True)
+
+
+def cell(values, digits=None):
+    """'mean ± half-width of the 95 % interval' of one value per seed, to `digits` decimals."""
+    mean, half = eval_stage.interval(values)
+    if digits is None:
+        return eval_stage.show_interval(mean, half)
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
+
+
+def print_table(columns, rows):
+    head(*columns)
+    for row in rows:
+        show(*row)
