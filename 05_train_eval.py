@@ -56,6 +56,7 @@ select_stage = importlib.import_module("04_select")
 
 DECAY = 0.4                # share of the steps in which the learning rate falls to zero
 DRAWN = 512                # images drawn per arm for the distance, the score and the match
+JUDGE_STEPS = 500          # of the network behind these three
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student t, 1-9 d.o.f.
 
 
@@ -792,8 +793,7 @@ def evaluate_files(args, device):
 def parse_args(argv=None):
     parser = proxy_stage.options(
         __doc__, batch_size=(64, "pairs, all processes"), epochs=(16, "over every selection"),
-        seeds=(3, "paired repetitions"), lr=(5e-3, "of the downstream model"),
-        judge_steps=(500, "of the network behind distance, score and match"))
+        seeds=(3, "paired repetitions"), lr=(5e-3, "of the downstream model"))
     parser.add_argument("--arms", choices=ARMS, default="default", help="which comparison")
     parser.add_argument("--selected", nargs="+", default=[], help="CSV files of stage 4 as arms")
     parser.add_argument("--metrics", choices=["mini", "standard"], default="mini",
@@ -805,7 +805,7 @@ def parse_args(argv=None):
     parser.add_argument("--save-statistics", help=".npz for mu and sigma of --evaluate")
     args = parser.parse_args(argv)
     if args.smoke:
-        args.epochs, args.seeds, args.judge_steps, args.batch_size = 1, 2, 20, 16
+        args.epochs, args.seeds, args.batch_size = 1, 2, 16
     return args
 
 
@@ -816,7 +816,7 @@ def main(args, device):
     pairs, val, test = proxy_stage.load_data(settings, device)
     arms, stem = list_arms(args, pairs), name_results(args)
     judge = (StandardJudge(args, device) if args.metrics == "standard"
-             else train_judge(val, args.judge_steps, args.seed))
+             else train_judge(val, 20 if args.smoke else JUDGE_STEPS, args.seed))
     (x, _), (other, _) = (split.batch(np.arange(min(DRAWN, len(split)))) for split in (test, val))
     reference = moments(judge.embed_images(x)[0])
     real = judge_images(judge, x, test.captions[:len(x)], reference)

@@ -245,7 +245,7 @@ class Lab:
         """Of seed 0: the judge, the moments of real images, the evaluation pairs."""
         args = train_stage.parse_args(self.smoke)
         _, val, test = self.data(corpus, 0)
-        judge = train_stage.train_judge(val, args.judge_steps, 0)
+        judge = train_stage.train_judge(val, 20 if args.smoke else train_stage.JUDGE_STEPS, 0)
         x, _ = test.batch(np.arange(min(train_stage.DRAWN, len(test))))
         reference = train_stage.moments(judge.embed_images(x)[0])
         real = train_stage.judge_images(judge, x, test.captions[:len(x)], reference)

@@ -387,7 +387,7 @@ def measure_selections(seed, args):
     """Per selection: the four numbers of describe_rows, held-out loss and match of one model."""
     settings, (pairs, val, test), _ = warm_up(seed, args.smoke)
     flags = eval_stage.parse_args(["--smoke"] * args.smoke)
-    judge = eval_stage.train_judge(val, flags.judge_steps, seed)
+    judge = eval_stage.train_judge(val, 20 if flags.smoke else eval_stage.JUDGE_STEPS, seed)
     reference = eval_stage.moments(judge.embed_images(test.batch(np.arange(
         min(eval_stage.DRAWN, len(test))))[0])[0])
     found, file = [], Path(args.out) / "selection.npy"

@@ -47,6 +47,21 @@ def test_patches_round_trip_and_the_untrained_net_is_zero(stage):
     assert net(x, torch.rand(2), torch.ones(2, 5).long()).abs().max() == 0
 
 
+def test_the_proxy_reads_picture_time_and_caption(stage):
+    """Whatever takes its place (README, "Fork it") has to, or eq. 6 compares two blind models."""
+    torch.manual_seed(0)
+    proxy = stage(1)
+    net = proxy.build_proxy(proxy.parse_args([]), "cpu")
+    for p in net.parameters():                             # the zeros of the start let nothing out
+        torch.nn.init.normal_(p, std=0.1)
+    x, t, c = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.6]), torch.randint(1, 99, (2, 8))
+    v = net(x, t, c)
+    assert v.shape == x.shape
+    for other in ((x + 1, t, c), (x, t + 0.2, c), (x, t, c + 1)):
+        assert not torch.allclose(net(*other), v, rtol=1e-3)
+    assert torch.allclose(net(x[1:], t[1:], c[1:]), v[1:], atol=1e-5)         # pair by pair
+
+
 def test_noise_is_shifted_and_repeatable(stage):
     x = torch.zeros(20000, 3, 1, 1)
     t, eps = stage(1).draw_noise(x, stage(1).seeded("cpu", 1), shift=1.2)
