@@ -427,6 +427,8 @@ def draw_forward(path, runs):
                           marker, color=colour, alpha=0.7, markersize=5,
                           label=None if ", 8" in name else kind)
         axis.set(xscale="log", xlabel="seconds per 1000 pairs", title=f"over {stratum}")
+        axis.set_xticks([0.2, 0.5, 1, 2], ["0.2", "0.5", "1", "2"])
+        axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("AUC on unseen pairs")
     axes[2].legend(fontsize=8)

@@ -1,7 +1,9 @@
-"""The README's two drawings that are no stage's: the pipeline, and what eq. 6 measures.
+"""The README's drawings that are no stage's: the pipeline, what eq. 6 measures, retention.
 
-    python tests/figures.py --out out        after stages 1 and 2; writes pipeline.png and eq6.png
+    python tests/figures.py --out out        after stages 1 and 2; writes pipeline.png and eq6.png,
+                                             after 05_train_eval.py --arms retention retention.png
 """
+import csv
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from matplotlib import pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import STAGES, areas  # noqa: E402
 
-proxy_stage, rater_stage, score_stage, *_ = STAGES
+proxy_stage, rater_stage, score_stage, _, eval_stage = STAGES
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "0.35"
 STAGES = [("01_proxy.py", "warm up theta_hat\non all pairs (eq. 4)"),
           ("02_meta_rater.py", "which pairs help?\n(eqs. 5-9)"),
@@ -92,11 +94,39 @@ def draw_eq6(path, nets, pairs):
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(xlabel="L(theta_hat; x_i)", xlim=(0, 1), ylim=(-0.5, 0.6))
         axis.set_title(("each proxy its own t and eps" if own else "the same t and eps for both")
-                       + f"\nAUC {plain:.2f} over plain, {noise:.2f} over noise, {caption:.2f} over "
-                       "wrong captions", fontsize=10)
+                       + f"\nAUC {plain:.2f} over plain, {noise:.2f} over noise, {caption:.2f} "
+                       "over wrong captions", fontsize=10)
     axes[0].set_ylabel("L(theta; x_i) - L(theta_hat; x_i)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=10,
                   bbox_to_anchor=(0.5, 0.98), frameon=False, markerscale=3)
+    figure.tight_layout()
+    proxy_stage.save_figure(figure, path)
+
+
+def draw_retention(path, table):
+    """Held-out loss, distance and match against the share that is kept (the paper's Fig. 1)."""
+    with open(table, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    kinds = {"random": "0.6", "eq. 6, Top-K": BLUE, "eq. 9, Shift-Gsample": "#D55E00"}
+    full = [row for row in rows if row["arm"] == "full"]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
+    for axis, metric in zip(axes, ("held-out", "distance", "match")):
+        for (kind, colour), mark in zip(kinds.items(), "sov"):
+            shares = sorted({int(row["arm"].split()[-1][:-1]) for row in rows
+                             if row["arm"].startswith(kind)})
+            values = [[float(row[metric]) for row in rows if row["arm"] == f"{kind} {share}%"]
+                      for share in shares]
+            values, places = values + [[float(row[metric]) for row in full]], [*shares, 100]
+            means, halves = np.transpose([eval_stage.interval(column) for column in values])
+            axis.errorbar(places, means, np.nan_to_num(halves), marker=mark, color=colour,
+                          label=kind, capsize=2, markersize=4)
+            axis.plot(places, values, ".", color=colour, alpha=0.5, markersize=3)
+        axis.set(xlabel="share of the corpus, %", xticks=[10, 20, 30, 40, 50, 100],
+                 ylabel=f"{metric} ({'more' if metric == 'match' else 'less'} is better)")
+        axis.grid(alpha=0.3)
+    axes[1].set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=3, fontsize=10,
+                  bbox_to_anchor=(0.5, 0.98), frameon=False)
     figure.tight_layout()
     proxy_stage.save_figure(figure, path)
 
@@ -109,6 +139,9 @@ def main(argv=None):
     pairs = proxy_stage.load_data(settings, "cpu")[0]
     draw_pipeline(Path(args.out) / "pipeline.png")
     draw_eq6(Path(args.out) / "eq6.png", nets, pairs.take(np.arange(min(1500, len(pairs)))))
+    table = Path(args.out) / "results-retention.csv"
+    if table.exists():
+        draw_retention(Path(args.out) / "retention.png", table)
 
 
 if __name__ == "__main__":

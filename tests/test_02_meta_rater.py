@@ -162,6 +162,25 @@ def test_meta_step_moves_each_net_by_its_own_equation(stage):
     assert any((p - q).abs().max() > 1e-6 for p, q in zip(*raters))
 
 
+def test_meta_step_compares_both_proxies_under_one_noise(stage):
+    """The logged difference is L(theta; x_i) - L(theta_hat; x_i), its noise drawn once; equal
+    proxies do not differ at all."""
+    args = stage(2).parse_args(["--group-size", "4"])
+    (x, c), val = make_batch(8, 10)[:2], make_batch(8, 20)[:2]
+    for steps in (30, 20):                                 # theta_hat: the same net, and another
+        nets = {"proxy": make_proxy(stage), "ref": make_proxy(stage, steps),
+                "rater": stage(2).Rater(SIZE, PATCH, WORDS, width=16, depth=1)}
+        noise = stage(1).draw_noise(x, stage(1).seeded("cpu", 1), stage(2).T_SHIFT)
+        with torch.no_grad():
+            L_theta, L_hat = (stage(1).flow_loss(nets[name], x, c, *noise)
+                              for name in ("proxy", "ref"))
+        opts = {name: torch.optim.SGD(net.parameters(), 0.1) for name, net in nets.items()}
+        numbers = stage(2).meta_step(nets, opts, (x, c), val, stage(1).seeded("cpu", 1), args)
+        gap = dict(zip(stage(2).COLUMNS[1:], numbers.tolist()))
+        expected = (L_theta - L_hat).mean().item(), (L_theta - L_hat).std().item()
+        assert (gap["gap_mean"], gap["gap_std"]) == pytest.approx(expected, abs=1e-5)
+
+
 def test_collapse_is_said_in_words(stage):
     assert stage(2).warn_of_collapse(0.8, 0.5, 0.4) == ""
     for health in ((0.1, 0.5, 0.4), (0.8, 0.001, 0.4), (0.8, 0.9999, 0.4), (0.8, 0.5, 0.001)):
