@@ -15,9 +15,10 @@ on a training pair, validation data asked for that pair, and its weight rises.
 
 Why eq. 6 is a meta-gradient: with theta = theta_hat - beta g_val,
     L_i(theta) - L_i(theta_hat) = -beta <grad L_i, g_val> + O(beta^2) = dL_val / dW_i + O(beta^2),
-provided that both losses use the same t and eps; with separate noise the noise is all one sees.
+provided that both losses use the same t and eps. With separate noise a step shows little but the
+noise, which the rater then has to average away.
 
-Added to the paper (each marked in the code; without it: README, "What is added"):
+Added to the paper (each marked in the code; without it: README, "What is the paper's"):
     entropy term   keeps all weight from falling on one pair; makes the logit -E[signal] / tau
     rank signal    a pair's difference is ranked in its group, a group's total among the step's
                    groups: no heavy tails, and no drift that drives every W_batch to 0 or 1

@@ -120,11 +120,12 @@ def draw_retention(path, table):
             means, halves = np.transpose([eval_stage.interval(column) for column in values])
             axis.errorbar(places, means, np.nan_to_num(halves), marker=mark, color=colour,
                           label=kind, capsize=2, markersize=4)
-            axis.plot(places, values, ".", color=colour, alpha=0.5, markersize=3)
+            axis.plot(places, values, ".", color=colour, alpha=0.7, markersize=4)
         axis.set(xlabel="share of the corpus, %", xticks=[10, 20, 30, 40, 50, 100],
                  ylabel=f"{metric} ({'more' if metric == 'match' else 'less'} is better)")
         axis.grid(alpha=0.3)
     axes[1].set_yscale("log")
+    axes[1].set_yticks([3, 10, 30, 100], ["3", "10", "30", "100"])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=3, fontsize=10,
                   bbox_to_anchor=(0.5, 0.98), frameon=False)
     figure.tight_layout()
