@@ -11,7 +11,8 @@ Every seed redraws the corpus and trains its own proxies, rater and downstream m
 evaluation pairs and the judge are those of seed 0 throughout. "±" is the half-width of a 95 %
 interval; after the semicolon, the paired difference with the baseline named above the table, and
 whether it wins, ties or loses. Warm-ups, raters and arms are kept in --out (delete it to begin
-anew), so that the commands share them. So far run with --smoke alone; no number of it is quoted anywhere.
+anew), so that the commands share them. On one core forward takes 18 minutes, signals 28, time 10,
+@REST@.
 """
 import argparse
 import contextlib
@@ -605,8 +606,11 @@ def draw_curves(path, curves, cost):
         better = "more" if METRICS[metric] > 0 else "less"
         axis.set(xscale="log", xlabel="training seconds, one core",
                  ylabel=f"{metric} ({better} is better)")
+        axis.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+        axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
     axes[1].set_yscale("log")
+    axes[1].set_yticks([3, 10, 30, 100], ["3", "10", "30", "100"])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8,
                   bbox_to_anchor=(0.5, 0.98), frameon=False)
     figure.tight_layout()
