@@ -179,23 +179,25 @@ def set_up(device):
                            args=rater_stage.parse_args([]))
 
 
-def trainer(device, pairs, steps=STEPS):
+def trainer(device, pairs, steps=STEPS, width=64):
     """A function that trains a fresh proxy for some steps of 64 pairs."""
-    net = new_proxy(device)
+    net = new_proxy(device, width=width)
     return lambda: proxy_stage.train(net, pairs, steps, 64, 1e-3, 0)
 
 
 def proxy_rows(bench):
     x, c, t, _ = bench.parts[0]
-    products, _ = own_products(bench.nets["proxy"], (x, t, c))
-    train = trainer(bench.device, bench.pairs)
-
-    def floor():
-        for _ in range(STEPS):
-            products()
     peer = 1 / (2.5 if bench.device.type == "cuda" else 1.2)
-    yield Row("proxy step of 01 and 05", "its matrix products alone", train, floor, 1 / 0.7, STEPS)
-    yield Row("proxy step of 01 and 05", "peer: textbook step", train, textbook(bench), peer, STEPS)
+    for width in (64, 256):
+        products, _ = own_products(new_proxy(bench.device, width=width), (x, t, c))
+
+        def floor(products=products):
+            for _ in range(STEPS):
+                products()
+        yield Row(f"proxy step of 01 and 05, width {width}", "its matrix products alone",
+                  trainer(bench.device, bench.pairs, width=width), floor, 1 / 0.7, STEPS)
+    yield Row("proxy step of 01 and 05, width 64", "peer: textbook step",
+              trainer(bench.device, bench.pairs), textbook(bench), peer, STEPS)
     if bench.device.type == "cuda":
         yield large_row(bench.device)
 
@@ -260,6 +262,7 @@ def forward_rows(bench):
     companions = score_stage.draw_companions(nets, bench.pairs, 0)
     x, c = part.batch(np.arange(512))
     judge = eval_stage.Judge(16, 8).to(bench.device).requires_grad_(False)
+    many = bench.pairs.batch(np.arange(min(4000, len(bench.pairs))))[0]
     reference = eval_stage.moments(judge.embed_images(x)[0])
     eps, t = torch.randn_like(x[:128]), torch.rand(256, device=bench.device)
     both, captions = eps.repeat(2, 1, 1, 1), torch.cat([c[:128], torch.zeros_like(c[:128])])
@@ -273,13 +276,15 @@ def forward_rows(bench):
         for _ in range(12):
             net(both, t, captions)
 
-    def distance():
-        f = judge.embed_images(x)[0]
-        eval_stage.frechet_distance(*eval_stage.moments(f), *reference)
+    def features():
+        return judge.embed_images(many)[0]
     return [Row("scoring 512 pairs, 03", "bare rater forward",
                 lambda: score_stage.score_chunk(nets, part, companions, 0, 0), forward, 1 / 0.9),
-            Row("features and distance of 512, 05", "features alone", distance,
-                lambda: judge.embed_images(x), 1.05),
+            Row(f"features and moments of {len(many):,} images, 05", "features alone",
+                lambda: eval_stage.moments(features()), features, 1.05),
+            Row("the same and the distance, once an arm", "features alone",
+                lambda: eval_stage.frechet_distance(*eval_stage.moments(features()), *reference),
+                features),
             Row("sampling 128 images, 12 steps, 01", "12 bare forwards of 256",
                 lambda: proxy_stage.sample(net, c[:128], eps), guided, 1.1)]
 
