@@ -19,7 +19,7 @@ provided that both losses use the same t and eps. With separate noise a step sho
 noise, which the rater then has to average away.
 
 Added to the paper (each marked in the code; without it: README, "What is the paper's"):
-    entropy term   keeps all weight from falling on one pair; makes the logit -E[signal] / tau
+    entropy term   keeps all weight from falling on one pair; the logit tends to -W_batch E[signal] / tau
     rank signal    a pair's difference is ranked in its group, a group's total among the step's
                    groups: no heavy tails, and no drift that drives every W_batch to 0 or 1
     shifted t      the signal is drawn at high noise, where the caption matters to the loss
@@ -110,7 +110,7 @@ def negative_entropy(W_inst, W_batch):
     """Added: sum_i W_i log W_i, and its two-way form for W_batch against 1 - W_batch.
 
     Without it the objective is linear in the weights and its optimum one pair, one group. With
-    tau times it the optimum is logit = -E[signal] / tau: the rater becomes a regression.
+    tau times it the optimum is logit = -W_batch E[signal] / tau: the rater becomes a regression.
     """
     either = torch.stack([W_batch, 1 - W_batch], -1)                          # (B / G, 1, 2)
     return sum((w * w.clamp_min(1e-12).log()).flatten(1).sum(1).mean() for w in (W_inst, either))

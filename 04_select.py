@@ -1,4 +1,4 @@
-"""Stage 4 of 5: choose the pairs to keep: Shift-Gsample (eq. 11) and its rivals. numpy only.
+"""Stage 4 of 5: choose the pairs to keep: Shift-Gsample (eq. 11) and its rivals. Needs no torch.
 
 Sort by rating, highest first; w_i in [0, 1) is pair i's position in that order. Then
 
@@ -21,8 +21,8 @@ Reads    out/ratings.csv, or --ratings with another CSV of stage 3 or a .npy of 
 Writes   out/selected-METHOD-KEEP.csv (column key) and .png; for ratings-loss.csv the names begin
          with selected-loss; for a .npy the selection is a .npy of row numbers.
          --write-shards DIR: the selected pairs of out/proxy.pt's --data as new tar shards
-Run      python 04_select.py --keep 0.5
-         python 04_select.py --ratings out/ratings-loss.csv --method topk --keep 2000
+Run      python 04_select.py --method topk                    suits eq. 6
+         python 04_select.py --ratings out/ratings-loss.csv   the paper's rule, suits eq. 9
 """
 import argparse
 import csv
