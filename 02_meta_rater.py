@@ -19,7 +19,8 @@ provided that both losses use the same t and eps. With separate noise a step sho
 noise, which the rater then has to average away.
 
 Added to the paper (each marked in the code; without it: README, "What is the paper's"):
-    entropy term   keeps all weight from falling on one pair; the logit tends to -W_batch E[signal] / tau
+    entropy term   keeps all weight from falling on one pair, and W_batch off 0 and 1; the logit
+                   tends to -W_batch E[signal] / tau
     rank signal    a pair's difference is ranked in its group, a group's total among the step's
                    groups: no heavy tails, and no drift that drives every W_batch to 0 or 1
     shifted t      the signal is drawn at high noise, where the caption matters to the loss
@@ -239,6 +240,9 @@ def main(args, device):
                          f"{args.group_size}, 2 or more, times {proxy_stage.world()} processes")
     settings, snapshots = proxy_stage.load_proxy(args.out)
     pairs, val, _ = proxy_stage.load_data(settings, device)
+    if min(len(pairs), len(val)) < args.batch_size:
+        raise SystemExit(f"{len(pairs)} training and {len(val)} validation pairs do not both fill "
+                         f"--batch-size {args.batch_size}: lower it or add pairs")
     nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
     for net in nets.values():
         net.load_state_dict(snapshots[settings.steps])     # theta <- theta_hat, after eq. 4
