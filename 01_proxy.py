@@ -224,7 +224,8 @@ def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None, aft
 #   chaotic-caption  10 %   a clean picture under another picture's caption: no statistic of the
 #                           image can find these
 STRATA = {"informative": 0.45, "plain": 0.30, "chaotic-noise": 0.15, "chaotic-caption": 0.10}
-STRATUM_COLOURS = {"informative": "#0072B2", "plain": "#E69F00", "chaotic-noise": "#555555",
+STRATUM_COLOURS = {        # collages: a stratum of photographs, not of the toy
+                   "informative": "#0072B2", "plain": "#E69F00", "chaotic-noise": "#555555",
                    "chaotic-caption": "#CC79A7", "chaotic-collage": "#009E73"}
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230),
            "yellow": (240, 220, 50), "pink": (240, 110, 200), "cyan": (60, 210, 220)}

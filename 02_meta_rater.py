@@ -219,8 +219,9 @@ def warn_of_collapse(ess, W_batch, logit_std):
 def parse_args(argv=None):
     parser = proxy_stage.options(
         __doc__, batch_size=(64, "training pairs, and as many validation pairs, all processes"),
-        group_size=(32, "pairs under one softmax and one W_batch"), steps=(400, "meta steps"),
-        lr=(1e-3, "of theta, theta_hat and mu"), tau=(1.0, "weight of the entropy term (added)"))
+        group_size=(32, "pairs under one softmax; with one group a batch W_batch learns nothing"),
+        steps=(400, "meta steps"), lr=(1e-3, "of theta, theta_hat and mu"),
+        tau=(1.0, "weight of the entropy term (added)"))
     parser.add_argument("--signal", choices=["difference", "loss"], default="difference",
                         help="eq. 6, or eq. 9 as in the released code")
     args = parser.parse_args(argv)

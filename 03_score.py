@@ -13,8 +13,8 @@ with the corpus, and an interrupted run continues.
 
 A rating costs one pass of the small rater. --baselines adds rankings that need no rater: `loss`,
 L(theta_hat; x_i) after stage 2, and `difference`, L(theta; x_i) - L(theta_hat; x_i), both the mean
-of 8 draws of t and eps, sixteen passes of a proxy; and three of the paper's heuristics, which look
-at the picture alone: `clarity`, `frequency`, `edges`.
+of 8 draws of t and eps, so eight and sixteen passes of a proxy; and three of the paper's
+heuristics, which look at the picture alone: `clarity`, `frequency`, `edges`.
 
 Reads    out/proxy.pt, out/rater.pt                       (--signal loss: out/rater-loss.pt)
 Writes   out/ratings.csv, out/ratings.png (histogram), out/ratings-bands.png (pictures by
@@ -157,7 +157,7 @@ def score(nets, pairs, path, seed, progress, with_baselines=False):
                              before_save=lambda: os.fsync(file.fileno()), by=proxy_stage.world())
 
 
-def read_ratings(path):
+def read_table(path):
     """{column: (n,)} of up to SHOWN lines, spread evenly over the file."""
     with open(path, encoding="utf-8", newline="") as file:
         columns = next(csv.reader(file))
@@ -316,7 +316,7 @@ def main(args, device):
     if proxy_stage.rank():
         return
     os.replace(f"{stem}.csv.part", f"{stem}.csv")
-    table = read_ratings(f"{stem}.csv")
+    table = read_table(f"{stem}.csv")
     rating, strata = table["rating"], table["stratum"]
     percentile, rows = percentiles(rating), proxy_stage.find_rows(pairs, table["key"])
     report(strata, rating, "rating")

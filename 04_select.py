@@ -43,7 +43,7 @@ RANKINGS = ("rating", "instance", "loss", "difference", "clarity", "frequency", 
 
 
 # ---- eq. 11 and its rivals -------------------------------------------------------------------
-def rank(rating):
+def sort_rows(rating):
     """Row numbers (N,) from the highest rating to the lowest; equal ones keep their order.
 
     np.argsort(-rating, kind="stable") in a fifth of its time: sorts float32 bits and row as one.
@@ -92,7 +92,7 @@ def select(rating, method, keep, drop=0.25, mean=0.5, std=0.15, seed=0):
         chosen = draw(np.zeros(len(w)), count, rng)
     else:
         chosen = draw(log_density(w, start, mean, std), count, rng)
-    return np.sort(rank(rating)[chosen]), w[chosen]
+    return np.sort(sort_rows(rating)[chosen]), w[chosen]
 
 
 # ---- files -----------------------------------------------------------------------------------
@@ -144,11 +144,11 @@ def read_column(path, column, kind):
         raise SystemExit(f"{path}: {error}")
 
 
-def describe(strata, rows):
+def compose(strata, rows):
     """': ' and the share of every stratum among `rows`, or '' where none is known (analysis)."""
     names = [] if strata is None else sorted(set(strata) - {""})
     shares = [f"{np.mean(strata[rows] == name):.0%} {name}" for name in names]
-    return shares and ": " + ", ".join(shares) or ""
+    return ": " + ", ".join(shares) if shares else ""
 
 
 def write_shards(folder, out, keys, rows, per_shard=10000):
@@ -232,7 +232,7 @@ def main(args):
     stem = Path(args.out) / f"selected{of}{by}-{args.method}-{args.keep:g}"
     file = write_selection(stem, rows, keys)
     draw_figure(f"{stem}.png", len(rating), w, args)
-    print(f"wrote {file}, .png: {len(rows)} of {len(rating)} pairs{describe(strata, rows)}")
+    print(f"wrote {file}, .png: {len(rows)} of {len(rating)} pairs{compose(strata, rows)}")
     if args.write_shards:
         write_shards(args.write_shards, args.out, None if keys is None else keys[rows], rows)
 

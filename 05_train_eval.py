@@ -4,7 +4,7 @@
 
 An arm is a selection: half the pairs take half the steps. All arms of a seed share initial
 weights, evaluation captions and noise, so their differences are paired; a seed also redraws the
-random selections. Measured on clean pairs that no other stage has used:
+random selections. Measured on clean pairs that no stage trains on:
 
     held-out   mean flow loss under fixed noise
     distance   Frechet distance between features of drawn and of real images

@@ -412,7 +412,7 @@ def score(nets, pairs, seed, *columns):
         file = Path(folder) / "ratings.csv"
         score_stage.score(nets, pairs, file, seed, proxy_stage.Progress(),
                           with_baselines="loss" in columns)
-        table = score_stage.read_ratings(file)
+        table = score_stage.read_table(file)
     return [table[name] for name in columns]
 
 

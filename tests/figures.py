@@ -60,6 +60,7 @@ def draw_pipeline(path):
     arrow(axis, val, proxy, "g_val", BLUE)
     arrow(axis, rater, W, "", BLUE)
     arrow(axis, W, ref, "weighs the pairs of both\n(eq. 5)", ORANGE, (-1.2, 0.15))
+    arrow(axis, W, proxy, "", ORANGE)
     arrow(axis, gap, W, "where it is low,\nW_i rises (eq. 6)", BLUE, (1.15, -0.05))
     axis.axhline(5.1, color="0.8", linewidth=1)
     axis.text(-1.5, 4.6, "one step of stage 2", fontsize=11, weight="bold")
@@ -116,17 +117,20 @@ def draw_retention(path, table):
                              if row["arm"].startswith(kind)})
             values = [[float(row[metric]) for row in rows if row["arm"] == f"{kind} {share}%"]
                       for share in shares]
-            values, places = values + [[float(row[metric]) for row in full]], [*shares, 100]
             means, halves = np.transpose([eval_stage.interval(column) for column in values])
-            axis.errorbar(places, means, np.nan_to_num(halves), marker=mark, color=colour,
+            axis.errorbar(shares, means, np.nan_to_num(halves), marker=mark, color=colour,
                           label=kind, capsize=2, markersize=4)
-            axis.plot(places, values, ".", color=colour, alpha=0.7, markersize=4)
+            axis.plot(shares, values, ".", color=colour, alpha=0.7, markersize=4)
+        everything = [float(row[metric]) for row in full]
+        axis.errorbar(100, *eval_stage.interval(everything), marker="D", color="black", capsize=2,
+                      label="full", linestyle="", markersize=4)
+        axis.plot([100] * len(full), everything, ".", color="black", alpha=0.7, markersize=4)
         axis.set(xlabel="share of the corpus, %", xticks=[10, 20, 30, 40, 50, 100],
                  ylabel=f"{metric} ({'more' if metric == 'match' else 'less'} is better)")
         axis.grid(alpha=0.3)
     axes[1].set_yscale("log")
     axes[1].set_yticks([3, 10, 30, 100], ["3", "10", "30", "100"])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=3, fontsize=10,
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=10,
                   bbox_to_anchor=(0.5, 0.98), frameon=False)
     figure.tight_layout()
     proxy_stage.save_figure(figure, path)

@@ -2,6 +2,8 @@
 import pytest
 import torch
 
+from conftest import run
+
 SIZE, PATCH, WORDS, GROUP = 8, 4, 4, 4
 
 
@@ -185,3 +187,9 @@ def test_collapse_is_said_in_words(stage):
     assert stage(2).warn_of_collapse(0.8, 0.5, 0.4) == ""
     for health in ((0.1, 0.5, 0.4), (0.8, 0.001, 0.4), (0.8, 0.9999, 0.4), (0.8, 0.5, 0.001)):
         assert "COLLAPSE" in stage(2).warn_of_collapse(*health)
+
+
+def test_too_few_validation_pairs_for_a_batch_are_named(chain):
+    done = run(f"02_meta_rater.py --batch-size 128 --out {chain}")
+    assert done.returncode == 1 and "64 validation pairs" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -7,12 +7,12 @@ import pytest
 from conftest import run
 
 
-def test_rank_is_a_stable_sort(stage):
+def test_rows_are_sorted_stably(stage):
     rating = np.random.default_rng(0).standard_normal(5000).round(2)        # negative, ties, -0.0
     rating[:9] = [0.0, -0.0, 0.0, -1e-30, 1e-30, 3e38, -3e38, 1e-42, -1e-42]
     expected = np.argsort(-rating.astype(np.float32), kind="stable")
-    assert (stage(4).rank(rating) == expected).all()
-    assert stage(4).rank(np.array([1.0, 3.0, 2.0, 0.0])).tolist() == [1, 2, 0, 3]
+    assert (stage(4).sort_rows(rating) == expected).all()
+    assert stage(4).sort_rows(np.array([1.0, 3.0, 2.0, 0.0])).tolist() == [1, 2, 0, 3]
 
 
 def test_density_is_eq_11(stage):

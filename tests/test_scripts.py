@@ -1,10 +1,15 @@
 """The experiment scripts beside the tests, tiny: each prints its tables and draws its figures."""
+import importlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tests"))
+common, figures = importlib.import_module("common"), importlib.import_module("figures")
 
 SCRIPTS = {"meta_gradient.py exact --smoke --seeds 1": "| 8 | 0.05 |",
            "departures.py additions weights --smoke --seeds 1": "| eq. 6, no entropy term"}
@@ -28,4 +33,16 @@ def test_draws_the_figures_of_the_readme(chain):
 def test_compares_two_arms_of_the_committed_table():
     done = subprocess.run([sys.executable, "tests/compare.py", ".assets/results-main.csv",
                            "eq. 6, Top-K 50%", "full"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "wins" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "match +47.9 ± 6.8 wins" in done.stdout, done.stdout
+
+
+def test_areas_and_rank_correlation():
+    strata = np.array(["informative", "plain", "informative", "plain", "chaotic-noise"])
+    assert common.areas(np.array([5.0, 1, 4, 2, 4]), strata) == [0.75, 1.0]   # noise ties once
+    assert common.spearman([1, 2, 3, 4], [2, 8, 9, 100]) == pytest.approx(1)
+    assert common.spearman([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(0.8)
+
+
+def test_retention_is_drawn_from_the_committed_table(tmp_path):
+    figures.draw_retention(tmp_path / "retention.png", ROOT / ".assets/results-retention.csv")
+    assert (tmp_path / "retention.png").stat().st_size > 10000
