@@ -11,6 +11,11 @@ on the training pairs, all weighted alike. Stage 2 starts two copies of it.
 Differs from the paper: the proxy is a diffusion transformer (DiT) in pixel space trained by
 rectified flow; the paper's is a 0.3 B scale-wise autoregressive model. Eq. 4 steps by AdamW.
 
+The idea ends with `train` and the toy pairs. Readers of real data and the plumbing that all stages
+share come after it; of these, read only `mine` (this process's share of a batch; with one process
+all of it), `seeded` (random numbers by seed and step), `stream` (batch after batch) and `Progress`
+(the log of a loop, which can be stopped and continued).
+
 Writes   out/proxy.pt (weights at four points of the warm-up, settings), .csv, .png
 Run      python 01_proxy.py                                  toy pairs, half a minute on two cores
          python 01_proxy.py --data 'DIR/train-*.tar' --val CURATED --size 32 --width 96
@@ -141,6 +146,12 @@ def time_features(t, width):
     rates = torch.exp(torch.linspace(0, np.log(1000), width // 2, device=t.device))
     angles = t[:, None] * rates                                               # (B, width / 2)
     return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def build_proxy(settings, device):
+    """The network that the options of this stage describe, with fresh weights."""
+    return DiT(settings.size, settings.patch, settings.width, settings.depth,
+               settings.words).to(device)
 
 
 # ---- rectified flow: the loss L, its noise, the sampler --------------------------------------
@@ -998,12 +1009,6 @@ def amount(text):
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
-
-
-def build_proxy(settings, device):
-    """The network that the options of this stage describe, with fresh weights."""
-    return DiT(settings.size, settings.patch, settings.width, settings.depth,
-               settings.words).to(device)
 
 
 def load_proxy(out):

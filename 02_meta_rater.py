@@ -34,6 +34,7 @@ Run      python 02_meta_rater.py                        under a minute on two co
          torchrun --nproc-per-node 2 -- 02_meta_rater.py --signal loss     (torchrun needs the --)
 """
 import importlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -205,21 +206,20 @@ def learn(nets, pairs, val, args, probe, progress):
 
 
 def warn_of_collapse(ess, W_batch, logit_std):
-    """In words, what is wrong with the rater, or ''."""
-    if ess < 0.2:
-        return "   COLLAPSE: a few pairs hold all weight (raise --tau)"
-    if not 0.05 < W_batch < 0.9995:
-        return "   COLLAPSE: W_batch is stuck and says nothing about its group"
-    if logit_std < 0.01:
-        return "   COLLAPSE: every pair is rated alike (more warm-up, or better validation pairs)"
-    return ""
+    """In words, all that is wrong with the rater, or ''."""
+    signs = {"a few pairs hold all weight (raise --tau)": ess < 0.2,
+             "W_batch is stuck and says nothing about its group": not 0.05 < W_batch < 0.95,
+             "every pair is rated alike (more warm-up, or better validation pairs)":
+                 logit_std < 0.01}
+    found = "; ".join(sign for sign, seen in signs.items() if seen)
+    return f"   COLLAPSE: {found}" if found else ""
 
 
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = proxy_stage.options(
         __doc__, batch_size=(64, "training pairs, and as many validation pairs, all processes"),
-        group_size=(32, "pairs under one softmax; with one group a batch W_batch learns nothing"),
+        group_size=(32, "pairs under one softmax; W_batch ranks the groups of a batch"),
         steps=(400, "meta steps"), lr=(1e-3, "of theta, theta_hat and mu"),
         tau=(1.0, "weight of the entropy term (added)"))
     parser.add_argument("--signal", choices=["difference", "loss"], default="difference",
@@ -239,6 +239,9 @@ def main(args, device):
     if args.group_size < 2 or args.batch_size % (args.group_size * proxy_stage.world()):
         raise SystemExit(f"--batch-size {args.batch_size} must be a multiple of --group-size "
                          f"{args.group_size}, 2 or more, times {proxy_stage.world()} processes")
+    if args.batch_size == args.group_size:
+        proxy_stage.print0("one group a batch: nothing to rank it against, so W_batch learns "
+                           "nothing; raise --batch-size or lower --group-size")
     settings, snapshots = proxy_stage.load_proxy(args.out)
     pairs, val, _ = proxy_stage.load_data(settings, device)
     if min(len(pairs), len(val)) < args.batch_size:
@@ -269,11 +272,11 @@ def draw_figure(path, rows, seen, strata):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
     steps, logits = [k for k, _ in seen], torch.stack([values for _, values in seen]).numpy()
     logits = logits - logits.mean(1, keepdims=True)                           # (times, PROBE)
-    for stratum in sorted(set(strata)):
+    for stratum, style in zip(sorted(set(strata)), itertools.cycle(["-.", ":", "-", "--"])):
         chosen = logits[:, strata == stratum]
         low, middle, high = np.percentile(chosen, (25, 50, 75), axis=1)
         colour = proxy_stage.STRATUM_COLOURS.get(stratum, "black")
-        left.plot(steps, middle, color=colour, label=stratum or "all pairs")
+        left.plot(steps, middle, style, color=colour, label=stratum or "all pairs")
         left.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     left.set(xlabel="meta step", ylabel="logit, centred (median, quartiles)")
     proxy_stage.legend_above(left)

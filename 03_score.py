@@ -233,12 +233,13 @@ def draw_histogram(path, rating, percentile, strata):
     names = [name for name in proxy_stage.STRATUM_COLOURS if name in set(strata)]
     groups = [(name, strata == name) for name in names] or [("all pairs", strata == strata)]
     colours = [proxy_stage.STRATUM_COLOURS.get(name, "black") for name, _ in groups]
+    hatches = ["//" if name.startswith("chaotic") else "" for name, _ in groups]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
     for axis, values, bins, label in (
             (left, rating, 60, "rating"),
             (right, percentile, BANDS, "percentile (0 = highest rating)")):
         axis.hist([values[chosen] for _, chosen in groups], bins=bins, stacked=True, color=colours,
-                  label=[name for name, _ in groups])
+                  label=[name for name, _ in groups], hatch=hatches, edgecolor="white", linewidth=0)
         axis.set(xlabel=label, ylabel="pairs")
     proxy_stage.legend_above(left)
     proxy_stage.save_figure(figure, path)
@@ -246,15 +247,15 @@ def draw_histogram(path, rating, percentile, strata):
 
 def draw_bands(path, pairs, corpus_rows, percentile, seed):
     """Pictures and captions drawn at random, a column per percentile band (the paper's Fig. 5)."""
-    figure, axes = plt.subplots(5, BANDS, figsize=(1.3 * BANDS, 8.5))
+    figure, axes = plt.subplots(5, BANDS, figsize=(BANDS, 7.5))
     for band, column in enumerate(axes.T):
         inside = np.flatnonzero((percentile * BANDS // 100).astype(int) == band)
         five = np.random.default_rng([seed, band]).choice(inside, 5, replace=len(inside) < 5)
         (_, part), = pairs.parts([corpus_rows[five]])
         proxy_stage.show_pictures(column, part.batch(np.arange(len(part)))[0], part.captions)
-        column[0].text(0.5, 1.75, f"{band * 100 // BANDS}-{(band + 1) * 100 // BANDS} %",
-                       ha="center", fontsize=12, transform=column[0].transAxes)
-    figure.subplots_adjust(wspace=0.08, hspace=0.35)
+        column[0].text(0.5, 1.9, f"{band * 100 // BANDS}-{(band + 1) * 100 // BANDS} %",
+                       ha="center", fontsize=10, transform=column[0].transAxes)
+    figure.subplots_adjust(wspace=0.08, hspace=0.5)
     proxy_stage.save_figure(figure, path)
 
 

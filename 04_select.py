@@ -233,6 +233,10 @@ def main(args):
     file = write_selection(stem, rows, keys)
     draw_figure(f"{stem}.png", len(rating), w, args)
     print(f"wrote {file}, .png: {len(rows)} of {len(rating)} pairs{compose(strata, rows)}")
+    if len(w) and w.min() > 0.05:
+        print(f"none of them is among the {w.min():.0%} rated highest: right where high means low "
+              "loss (eq. 9), wrong where it means what validation asked for (eq. 6); --method topk "
+              "keeps those")
     if args.write_shards:
         write_shards(args.write_shards, args.out, None if keys is None else keys[rows], rows)
 

@@ -383,9 +383,9 @@ def draw_results(path, results, arms):
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter("")
-            axis.tick_params(axis="x", labelsize=8)
         else:
             axis.set_xlim(left=0)
+        axis.tick_params(axis="x", labelsize=8)
     axes[0].set_yticks(range(len(arms)), [arm.name for arm in arms])
     axes[0].invert_yaxis()
     figure.tight_layout()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,6 +32,16 @@ def launch(stage, number, flags):
     if number == 4:
         return module.main(module.parse_args(flags))
     return stage(1).launch(module.main, module.parse_args(flags))
+
+
+def write_pictures(stage, folder, n):
+    """A folder of n toy pictures with their captions in .txt files beside them. Returns the keys."""
+    pairs = stage(1).draw_toy(n, 16, 0, "val")
+    folder.mkdir()
+    for key, image, caption in zip(pairs.keys, pairs.images, pairs.captions):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{key}.png")
+        (folder / f"{key}.txt").write_text(caption)
+    return pairs.keys
 
 
 @pytest.fixture(scope="session")

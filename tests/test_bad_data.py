@@ -141,11 +141,7 @@ def test_thirty_kinds_of_broken_pairs(stage, corpus, capsys):
 def test_ratings_of_a_bad_corpus_belong_to_their_keys(stage, corpus, tmp_path, monkeypatch):
     """01 and 03 on it, resident and read from the shards: the same keys, the same baselines."""
     flags = ["--smoke", "--out", str(tmp_path)]
-    trusted = stage(1).draw_toy(64, 16, 0, "val")
-    (tmp_path / "trusted").mkdir()
-    for key, image in zip(trusted.keys, trusted.images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"trusted/{key}.png")
-        (tmp_path / f"trusted/{key}.txt").write_text("a thing")
+    write_pictures(stage, tmp_path / "trusted", 64)
     places = ["--data", str(corpus), "--val", str(tmp_path / "trusted"), "--batch-size", "8"]
     found = []
     for resident in (2e9, 0):
