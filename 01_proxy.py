@@ -1,8 +1,9 @@
 """Stage 1 of 5: the data, the text-to-image proxy, and the warm-up of its reference copy (eq. 4).
 
 Alchemist rates image-text pairs by what a small text-to-image model, the *proxy*, gains from them.
-This stage draws or reads the pairs, defines the proxy and warms up the reference proxy theta_hat
-on the training pairs, all weighted alike. Stage 2 starts two copies of it.
+This stage draws or reads the pairs, defines the proxy and warms it up on the training pairs, all
+weighted alike: the reference theta_hat. Stage 2 starts both of its proxies, theta and theta_hat,
+from these weights.
 
     eq. 4    theta_hat <- theta_hat - beta * grad L(theta_hat; D_train)
     L        rectified flow, one number per pair:  x_t = (1 - t) x + t eps,
@@ -11,15 +12,17 @@ on the training pairs, all weighted alike. Stage 2 starts two copies of it.
 Differs from the paper: the proxy is a diffusion transformer (DiT) in pixel space trained by
 rectified flow; the paper's is a 0.3 B scale-wise autoregressive model. Eq. 4 steps by AdamW.
 
-The idea ends with `train` and the toy pairs. Readers of real data and the plumbing that all stages
-share come after it; of these, read only `mine` (this process's share of a batch; with one process
-all of it), `seeded` (random numbers by seed and step), `stream` (batch after batch) and `Progress`
-(the log of a loop, which can be stopped and continued).
+The method reads as far as `main`. What comes after it can be skipped: readers of real pairs, and
+plumbing for all five stages. Of that, four names stand in the method: `mine` (this process's share
+of a batch; with one process, all of it), `seeded` (random numbers by seed and step), `stream`
+(batch after batch) and `Progress` (the log of a loop that may be stopped and continued).
+
+Shapes: B pairs in a batch, T words, P patches, D width, N pairs in the corpus.
 
 Writes   out/proxy.pt (weights at four points of the warm-up, settings), .csv, .png
-Run      python 01_proxy.py                                  toy pairs, half a minute on two cores
+Run      python 01_proxy.py                                   toy pairs, 15 s on two cores
          python 01_proxy.py --data 'DIR/train-*.tar' --val CURATED --size 32 --width 96
-         torchrun --nproc-per-node 2 01_proxy.py             same global batch, cut over processes
+         torchrun --nproc-per-node 2 -- 01_proxy.py           same global batch, cut over processes
 """
 import argparse
 import contextlib
@@ -65,6 +68,7 @@ VOCABULARY = 2048          # rows of the word table, a word's row is its CRC-32:
 CAPTION_DROPOUT = 0.1      # share of captions blanked in training, for classifier-free guidance
 TOY_PAIRS = {"train": 4000, "val": 1000, "test": 1000}
 SMOKE_PAIRS = {"train": 256, "val": 64, "test": 64}
+HELD_OUT = 20000           # trusted pairs at most, half for eq. 5 and half for stage 5
 
 
 # ---- the proxy: a small diffusion transformer ------------------------------------------------
@@ -97,7 +101,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """The proxy theta: predicts the velocity eps - x from x_t, t and the caption's words.
+    """The proxy: predicts the velocity eps - x from x_t, t and the caption's words.
 
     Peebles & Xie 2023 (arXiv 2212.09748) with the words as tokens beside the image patches.
     """
@@ -111,7 +115,7 @@ class DiT(nn.Module):
         self.to_patch = nn.Linear(3 * patch ** 2, width)
         self.from_patch = nn.Linear(width, 3 * patch ** 2)
         self.word = nn.Embedding(VOCABULARY, width)                           # row 0: no word
-        self.place = nn.Parameter(0.2 * torch.randn(1, words + (size // patch) ** 2, width))
+        self.position = nn.Parameter(0.2 * torch.randn(1, words + (size // patch) ** 2, width))
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
@@ -122,7 +126,7 @@ class DiT(nn.Module):
     def forward(self, x, t, c):                            # (B, 3, H, W), (B,), (B, T)
         word = self.word(c)                                                   # (B, T, D)
         cond = self.time(time_features(t, word.shape[-1])) + word.mean(1)     # (B, D)
-        h = torch.cat([word, self.to_patch(patchify(x, self.patch))], 1) + self.place
+        h = torch.cat([word, self.to_patch(patchify(x, self.patch))], 1) + self.position
         for block in self.blocks:
             h = block(h, cond)                                                # (B, T + P, D)
         h = self.from_patch(self.norm(h[:, self.words:]))                     # (B, P, 3 p p)
@@ -207,11 +211,13 @@ def adamw(net, lr):
     return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None, after=None):
-    """`steps` steps of eq. 4 on `pairs`; the last share `decay` of them falls linearly to zero.
+def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None,
+          after=lambda step: None):
+    """`steps` steps of eq. 4 on `pairs`. Stage 1 warms the proxy up, stage 5 trains its models.
 
-    Stage 1 warms the proxy up with it, stage 5 trains the downstream models. `progress` logs loss
-    and gradient norm and continues an interrupted run; `after(step)` sees the net after each step.
+    The learning rate rises over the first twentieth of the steps and, with `decay`, falls to zero
+    over that share at their end. `progress` logs loss and gradient norm and continues an
+    interrupted run; `after(step)` is called after each step.
     """
     opt, ramp, progress = adamw(net, lr), max(steps // 20, 1), progress or Progress()
     progress.attach(net=net, opt=opt)
@@ -222,8 +228,7 @@ def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None, aft
         rng = seeded(x.device, seed, "train", k)
         loss = flow_loss(net, x, drop_captions(c, rng), *draw_noise(x, rng)).mean()
         norm = descend(loss, net, opt)                    # eq. 4
-        progress.advance(torch.stack([loss, norm]), lambda: pairs.name(rows),
-                         lambda: after and after(k + 1))
+        progress.advance(torch.stack([loss, norm]), lambda: pairs.name(rows), lambda: after(k + 1))
     return net
 
 
@@ -291,6 +296,90 @@ def draw_toy(n, size, seed, split, words=8):
     names = [list(STRATA)[k] for k in stratum]
     return Pairs(pixels, tokenize(captions, words), [f"{split}{i:06d}" for i in range(n)],
                  list(captions), names)
+
+
+# ---- the stage -------------------------------------------------------------------------------
+def parse_args(argv=None):
+    parser = options(__doc__, data=("toy", "toy, tar shards (* works), or a folder of images"),
+                     val=(None, "pairs you trust, in the same layouts"),
+                     size=(16, "pixels a side"), words=(8, "words kept of a caption"),
+                     patch=(4, "pixels a side of a patch"), width=(64, "of the proxy"),
+                     depth=(3, "blocks of the proxy"), batch_size=(64, "pairs, all processes"),
+                     steps=(400, "of warm-up"), lr=(2e-3, "of the warm-up"))
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.steps, args.batch_size = 12, 16
+    return args
+
+
+def load_data(args, device):
+    """The splits train, val (for eq. 5) and test (for stage 5) as the options name them."""
+    if args.data == "toy":
+        counts = SMOKE_PAIRS if args.smoke else TOY_PAIRS
+        splits = [draw_toy(n, args.size, args.seed, split, args.words)
+                  for split, n in counts.items()]
+    else:
+        corpus = open_pairs(args.data, args.size, args.words, args.out)
+        rng = np.random.default_rng(args.seed)
+        if args.val:
+            held = open_pairs(args.val, args.size, args.words, args.out)
+        else:
+            order, count = rng.permutation(len(corpus)), min(len(corpus) // 10, HELD_OUT)
+            held, corpus = (corpus.take(np.sort(part)) for part in (order[:count], order[count:]))
+            print0("no --val: part of the corpus is held out instead. Validation no better than "
+                   "the corpus can only ask eq. 6 for more of the same; give it pairs you trust.")
+        order = rng.permutation(len(held))[:HELD_OUT]
+        splits = [keep_resident(corpus, RESIDENT),
+                  *(keep_resident(held.take(order[k::2])) for k in (0, 1))]
+    for name, pairs in zip(("train", "val", "test"), splits):
+        if len(pairs) < args.batch_size:
+            raise SystemExit(f"the {name} split has {len(pairs)} readable pairs, fewer than "
+                             f"--batch-size {args.batch_size}: lower it or add pairs")
+    print0("pairs: " + ", ".join(f"{len(pairs)} {name}" for name, pairs in
+                                 zip(("train", "val", "test"), splits)))
+    return [pairs.to(device) for pairs in splits]
+
+
+def main(args, device):
+    out = Path(args.out)
+    pairs, _, test = load_data(args, device)
+    proxy = build_proxy(args, device)
+    progress = Progress(out / "proxy.progress", "01_proxy.py", vars(args), args.save_every)
+    points = {max(1, round(share * args.steps)) for share in (0.05, 0.2, 0.5, 1)}
+    snapshots = progress.kept                              # {step: weights}
+
+    def after(step):
+        if step in points:
+            snapshots[step] = {name: value.clone() for name, value in proxy.state_dict().items()}
+        if step % 100 == 0 or step == args.steps:
+            recent = np.mean(progress.log[-100:], axis=0)
+            print0(f"warm-up {step:5d}/{args.steps}   loss {recent[0]:.4f}")
+
+    train(proxy, pairs, args.steps, args.batch_size, args.lr, args.seed, progress=progress,
+          after=after)
+    save(out / "proxy.pt", "01_proxy.py", settings=vars(args), snapshots=snapshots)
+    write_csv(out / "proxy.csv", ["step", "loss", "grad_norm"],
+              [(k, *row) for k, row in enumerate(progress.log, 1)])
+    draw_figure(out / "proxy.png", proxy, [loss for loss, _ in progress.log], test, args.seed)
+    progress.finish()
+    print0(f"wrote {out}/proxy.pt, .csv, .png: {sum(p.numel() for p in proxy.parameters()):,} "
+           f"parameters, {args.steps} steps in {progress.seconds:.0f} s")
+
+
+def draw_figure(path, proxy, losses, test, seed):
+    """The loss, smoothed over 25 steps, and what the warm proxy draws for eight captions."""
+    x, c = test.batch(np.arange(8))
+    eps = torch.randn(x.shape, generator=seeded(x.device, seed, "figure"), device=x.device)
+    figure = plt.figure(figsize=(10, 4))
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.4))
+    window = min(25, len(losses))
+    smooth = np.convolve(losses, np.ones(window) / window, "valid")
+    axis = left.subplots()
+    axis.plot(np.arange(len(smooth)) + window, smooth, color="black")
+    axis.set(xlabel="warm-up step", ylabel="loss of the reference proxy", ylim=(0, None))
+    show_pictures(right.subplots(2, 4, gridspec_kw={"hspace": 0.5}), sample(proxy, c, eps),
+                  test.captions[:8])
+    save_figure(figure, path)
 
 
 # ---- pairs: in memory, or on disk behind an index --------------------------------------------
@@ -516,7 +605,7 @@ def index_shards(tars, skipped, out):
         saved = {"entries": np.concatenate([entries for entries, _ in indexes]),
                  "skipped": np.array([pair for _, bad in indexes for pair in bad]).reshape(-1, 2)}
         if file:
-            with whole(file, "wb") as stream_:
+            with atomic_file(file, "wb") as stream_:
                 np.savez(stream_, **saved)
     wait_for_all()
     saved = np.load(file, allow_pickle=False) if file else saved
@@ -671,38 +760,7 @@ def keep_resident(pairs, limit=np.inf):
                  sum((part.strata for part in parts), []))
 
 
-# ---- plumbing for all five stages: splits, batches, processes, files, options ----------------
-HELD_OUT = 20000           # trusted pairs at most, half for eq. 5 and half for stage 5
-
-
-def load_data(args, device):
-    """The splits train, val (for eq. 5) and test (for stage 5) as the options name them."""
-    if args.data == "toy":
-        counts = SMOKE_PAIRS if args.smoke else TOY_PAIRS
-        splits = [draw_toy(n, args.size, args.seed, split, args.words)
-                  for split, n in counts.items()]
-    else:
-        corpus = open_pairs(args.data, args.size, args.words, args.out)
-        rng = np.random.default_rng(args.seed)
-        if args.val:
-            held = open_pairs(args.val, args.size, args.words, args.out)
-        else:
-            order, count = rng.permutation(len(corpus)), min(len(corpus) // 10, HELD_OUT)
-            held, corpus = (corpus.take(np.sort(part)) for part in (order[:count], order[count:]))
-            print0("no --val: part of the corpus is held out instead. Validation no better than "
-                   "the corpus can only ask eq. 6 for more of the same; give it pairs you trust.")
-        order = rng.permutation(len(held))[:HELD_OUT]
-        splits = [keep_resident(corpus, RESIDENT),
-                  *(keep_resident(held.take(order[k::2])) for k in (0, 1))]
-    for name, pairs in zip(("train", "val", "test"), splits):
-        if len(pairs) < args.batch_size:
-            raise SystemExit(f"the {name} split has {len(pairs)} readable pairs, fewer than "
-                             f"--batch-size {args.batch_size}: lower it or add pairs")
-    print0("pairs: " + ", ".join(f"{len(pairs)} {name}" for name, pairs in
-                                 zip(("train", "val", "test"), splits)))
-    return [pairs.to(device) for pairs in splits]
-
-
+# ---- plumbing for all five stages: batches, processes, files, options -------------------------
 @functools.lru_cache(maxsize=8)
 def shuffle(n, seed, epoch):
     return np.random.default_rng([seed, epoch, n]).permutation(n)
@@ -811,14 +869,14 @@ def launch(main, args):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note_signal)
     torch.manual_seed(args.seed)
-    with claim(Path(args.out)):
+    with lock_folder(Path(args.out)):
         main(args, torch.device("cuda" if cuda else "cpu"))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def claim(folder):
+def lock_folder(folder):
     """Make a folder and lock it until this process ends, however it ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -913,7 +971,7 @@ class Progress:
 
 
 @contextlib.contextmanager
-def whole(path, mode="w"):
+def atomic_file(path, mode="w"):
     """A file that takes its name when it is complete; where it cannot be written, one line."""
     part = Path(f"{path}.part")
     try:
@@ -932,7 +990,7 @@ def whole(path, mode="w"):
 def save(path, written_by, **state):
     """State dicts, settings and numbers, from the first process."""
     if rank() == 0:
-        with whole(path, "wb") as file:
+        with atomic_file(path, "wb") as file:
             torch.save({"written_by": written_by, **state}, file)
 
 
@@ -956,7 +1014,7 @@ def load(path, written_by):
 
 def write_csv(path, columns, rows):
     if rank() == 0:
-        with whole(path) as file:
+        with atomic_file(path) as file:
             csv.writer(file).writerows([columns, *rows])
 
 
@@ -976,7 +1034,7 @@ def legend_above(axis, columns=4):
 
 def save_figure(figure, path):
     if rank() == 0:
-        with whole(path, "wb") as file, warnings.catch_warnings(action="ignore"):
+        with atomic_file(path, "wb") as file, warnings.catch_warnings(action="ignore"):
             figure.savefig(file, format="png", dpi=150, bbox_inches="tight")  # emoji have no glyph
     plt.close(figure)
 
@@ -1016,62 +1074,6 @@ def load_proxy(out):
     {step: state dict}."""
     saved = load(Path(out) / "proxy.pt", "01_proxy.py")
     return argparse.Namespace(**{**saved["settings"], "out": out}), saved["snapshots"]
-
-
-# ---- the stage -------------------------------------------------------------------------------
-def parse_args(argv=None):
-    parser = options(__doc__, data=("toy", "toy, tar shards (* works), or a folder of images"),
-                     val=(None, "pairs you trust, in the same layouts"),
-                     size=(16, "pixels a side"), words=(8, "words kept of a caption"),
-                     patch=(4, "pixels a side of a patch"), width=(64, "of the proxy"),
-                     depth=(3, "blocks of the proxy"), batch_size=(64, "pairs, all processes"),
-                     steps=(400, "of warm-up"), lr=(2e-3, "of the warm-up"))
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.steps, args.batch_size = 12, 16
-    return args
-
-
-def main(args, device):
-    out = Path(args.out)
-    pairs, _, test = load_data(args, device)
-    proxy = build_proxy(args, device)
-    progress = Progress(out / "proxy.progress", "01_proxy.py", vars(args), args.save_every)
-    points = {max(1, round(share * args.steps)) for share in (0.05, 0.2, 0.5, 1)}
-    snapshots = progress.kept                              # {step: weights}
-
-    def after(step):
-        if step in points:
-            snapshots[step] = {name: value.clone() for name, value in proxy.state_dict().items()}
-        if step % 100 == 0 or step == args.steps:
-            recent = np.mean(progress.log[-100:], axis=0)
-            print0(f"warm-up {step:5d}/{args.steps}   loss {recent[0]:.4f}")
-
-    train(proxy, pairs, args.steps, args.batch_size, args.lr, args.seed, progress=progress,
-          after=after)
-    save(out / "proxy.pt", "01_proxy.py", settings=vars(args), snapshots=snapshots)
-    write_csv(out / "proxy.csv", ["step", "loss", "grad_norm"],
-              [(k, *row) for k, row in enumerate(progress.log, 1)])
-    draw_figure(out / "proxy.png", proxy, [loss for loss, _ in progress.log], test, args.seed)
-    progress.finish()
-    print0(f"wrote {out}/proxy.pt, .csv, .png: {sum(p.numel() for p in proxy.parameters()):,} "
-           f"parameters, {args.steps} steps in {progress.seconds:.0f} s")
-
-
-def draw_figure(path, proxy, losses, test, seed):
-    """The loss, smoothed over 25 steps, and what the warm proxy draws for eight captions."""
-    x, c = test.batch(np.arange(8))
-    eps = torch.randn(x.shape, generator=seeded(x.device, seed, "figure"), device=x.device)
-    figure = plt.figure(figsize=(10, 4))
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.4))
-    window = min(25, len(losses))
-    smooth = np.convolve(losses, np.ones(window) / window, "valid")
-    axis = left.subplots()
-    axis.plot(np.arange(len(smooth)) + window, smooth, color="black")
-    axis.set(xlabel="warm-up step", ylabel="loss of the reference proxy", ylim=(0, None))
-    show_pictures(right.subplots(2, 4, gridspec_kw={"hspace": 0.5}), sample(proxy, c, eps),
-                  test.captions[:8])
-    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,22 @@ on a training pair, validation data asked for that pair, and its weight rises.
     eq. 7    W_inst = softmax over a group of pairs,  W_i = W_inst,i * W_batch
     eq. 8    assume L(theta_hat; x_i) = 0, and eq. 6 becomes
     eq. 9    mu <- mu - alpha sum_i L(theta; x_i) grad_mu W_i           (--signal loss)
+    eq. 10   the batch gradient of eq. 5: mean over pairs of W_i grad L; here a sum, as W_i holds
+             the 1/N already
 
 Why eq. 6 is a meta-gradient: with theta = theta_hat - beta g_val,
     L_i(theta) - L_i(theta_hat) = -beta <grad L_i, g_val> + O(beta^2) = dL_val / dW_i + O(beta^2),
 provided that both losses use the same t and eps. With separate noise a step shows little but the
 noise, which the rater then has to average away.
 
-Added to the paper (each marked in the code; without it: README, "What is the paper's"):
-    entropy term   keeps all weight from falling on one pair, and W_batch off 0 and 1; the logit
+Added to the paper, each marked in the code (what happens without it: README, "The five files"):
+    entropy term   keeps all weight from falling on one pair, and pulls W_batch to 0.5; the logit
                    tends to -W_batch E[signal] / tau
     rank signal    a pair's difference is ranked in its group, a group's total among the step's
-                   groups: no heavy tails, and no drift that drives every W_batch to 0 or 1
-    shifted t      the signal is drawn at high noise, where the caption matters to the loss
+                   groups: no heavy tails, and no common drift that takes every W_batch to 1.
+                   W_batch needs both: either alone lets it drift
+    shifted t      the signal is drawn at high noise, where captions matter to the loss; no effect
+                   on the toy pairs
 Released code: eq. 9 only, no reference proxy, another softmax on top, validation only at first.
 Differs from the paper: steps by AdamW; the softmax runs over groups of fixed size (the paper's 64
 pairs on 2 GPUs are groups of 32), so the number of processes changes nothing.
@@ -31,7 +35,7 @@ pairs on 2 GPUs are groups of 32), so the number of processes changes nothing.
 Reads    out/proxy.pt
 Writes   out/rater.pt, .csv, .png      (--signal loss: out/rater-loss.pt, .csv, .png)
 Run      python 02_meta_rater.py                        under a minute on two cores
-         torchrun --nproc-per-node 2 -- 02_meta_rater.py --signal loss     (torchrun needs the --)
+         torchrun --nproc-per-node 2 -- 02_meta_rater.py --signal loss
 """
 import importlib
 import itertools
@@ -62,7 +66,7 @@ class Rater(nn.Module):
         self.patch = patch
         self.to_patch = nn.Linear(3 * patch ** 2, width)
         self.word = nn.Embedding(proxy_stage.VOCABULARY, width)
-        self.place = nn.Parameter(0.2 * torch.randn(1, words + (size // patch) ** 2, width))
+        self.position = nn.Parameter(0.2 * torch.randn(1, words + (size // patch) ** 2, width))
         layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, activation="gelu",
                                            batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
@@ -71,10 +75,10 @@ class Rater(nn.Module):
 
     def features(self, x, c):                              # (B, 3, H, W), (B, T)
         patches = self.to_patch(proxy_stage.patchify(x, self.patch))          # (B, P, D)
-        return self.encoder(torch.cat([self.word(c), patches], 1) + self.place).mean(1)  # (B, D)
+        return self.encoder(torch.cat([self.word(c), patches], 1) + self.position).mean(1)  # (B, D)
 
     def logits(self, f):
-        """Instance rating What_i of features (..., D) -> (...)."""
+        """Instance rating of features (..., D) -> (...): eq. 7's W_i before its softmax."""
         return self.instance(f).squeeze(-1)
 
     def group_weight(self, mean, var):
@@ -94,9 +98,9 @@ def weigh(rater, x, c, group_size):
 def rater_objective(W_inst, W_batch, s, s_group):
     """Its gradient in mu is eq. 6, sum_i s_i grad (W_inst,i W_batch), averaged over groups.
 
-    s (B / G, G) is the signal L(theta; x_i) - L(theta_hat; x_i). By the product rule the Instance
-    MLP gets s_i W_batch, and the Group MLP the group's total s_group (B / G, 1) =
-    sum_i s_i W_inst,i. They enter one by one because the additions treat them differently.
+    s (B / G, G) is the signal: L(theta; x_i) - L(theta_hat; x_i) in eq. 6, here its ranks. By the
+    product rule the Instance MLP gets s_i W_batch, and the Group MLP the group's total s_group
+    (B / G, 1), in eq. 6 sum_i s_i W_inst,i. It is an argument because it is ranked by itself.
     """
     instance = W_batch.detach() * (s * W_inst).sum(1, keepdim=True)           # (B / G, 1)
     return (instance + s_group * W_batch).mean()                              # eq. 6
@@ -124,7 +128,7 @@ def meta_step(nets, opts, train, val, rng, args):
     To first order gap_i = -beta <grad L_i, g_val> = dL_val / dW_i: the meta-gradient, without a
     second derivative. The proxies are never joined again, so that the gap adds up over the steps.
     train and val are batches (x (B, 3, H, W), c (B, T)), already cut to this process; each
-    softmax runs over a group of --group-size pairs inside it. Returns figures for the log.
+    softmax runs over a group of --group-size pairs inside it. Returns the COLUMNS of the log.
     """
     (x, c), (x_val, c_val) = train, val
     W_inst, W_batch = weigh(nets["rater"], x, c, args.group_size)             # (B / G, G or 1)
@@ -156,8 +160,9 @@ def meta_step(nets, opts, train, val, rng, args):
 def exact_meta_gradient(proxy, train, val, W, beta, steps):
     """dL_val / dW_i (B,) through `steps` unrolled gradient steps of eq. 3: what eq. 6 approximates.
 
-    train and val are (x, c, t, eps). Keeps one graph per step in memory, and needs second
-    derivatives, which fused attention does not have on the CPU.
+    No stage calls it: the tests and tests/meta_gradient.py hold eq. 6 against it. train and val are
+    (x, c, t, eps). Keeps one graph per step in memory, and needs second derivatives, which fused
+    attention does not have on the CPU.
     """
     W = W.detach().requires_grad_()                                           # (B,)
     params = {name: p.detach().requires_grad_() for name, p in proxy.named_parameters()}
@@ -175,7 +180,7 @@ def exact_meta_gradient(proxy, train, val, W, beta, steps):
 
 # ---- the loop --------------------------------------------------------------------------------
 COLUMNS = ["step", "val", "ref", "gap_mean", "gap_std", "ess", "W_batch", "logit_std",
-           "grad_norm"]
+           "grad_norm"]    # the step, and what `meta_step` returns
 
 
 def learn(nets, pairs, val, args, probe, progress):
@@ -190,11 +195,11 @@ def learn(nets, pairs, val, args, probe, progress):
             with torch.no_grad():
                 seen.append((k, nets["rater"].logits(nets["rater"].features(*probe)).cpu()))
         if k % 100 == 0 or k == args.steps:
-            recent = np.mean(progress.log[-100:], axis=0)
+            val_loss, _, gap, gap_std, *health, _ = np.mean(progress.log[-100:], axis=0)
             proxy_stage.print0(
-                f"meta {k:5d}/{args.steps}   val {recent[0]:.4f}   difference {recent[2]:+.4f} "
-                f"+- {recent[3]:.4f}   ESS {recent[4]:.2f}   W_batch {recent[5]:.3f}   "
-                f"logit std {recent[6]:.2f}" + warn_of_collapse(*recent[4:7]))
+                f"meta {k:5d}/{args.steps}   val {val_loss:.4f}   difference {gap:+.4f} "
+                f"+- {gap_std:.4f}   ESS {health[0]:.2f}   W_batch {health[1]:.3f}   "
+                f"logit std {health[2]:.2f}" + warn_of_collapse(*health))
 
     batches = [proxy_stage.stream(split, proxy_stage.draw_batches(
         len(split), args.batch_size, args.seed, progress.step, args.steps))

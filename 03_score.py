@@ -3,7 +3,7 @@
 The weight of eq. 7 is only defined inside a batch. A score has to stand alone, so it keeps what
 belongs to the pair and averages the batch away:
 
-    rating_i = What_i + log(mean of W_batch over several random groups that pair i joins)
+    rating_i = logit_i + log(mean of W_batch over several random groups that pair i joins)
 
 which is log W_i up to the softmax's normaliser. All pairs join the same groups, so that a rating
 depends on its pair alone: batch-mates, order of work and number of processes change nothing. (The
@@ -21,7 +21,7 @@ Writes   out/ratings.csv, out/ratings.png (histogram), out/ratings-bands.png (pi
          percentile, the paper's Fig. 5), out/ratings-dynamics.png (its Fig. 3)
          (--signal loss: the same with ratings-loss)
 Run      python 03_score.py                      half a minute on two cores, most for figures
-         torchrun --nproc-per-node 2 03_score.py
+         torchrun --nproc-per-node 2 -- 03_score.py
 """
 import csv
 import importlib
@@ -117,23 +117,23 @@ def score_chunk(nets, part, companions, chunk, seed, with_baselines=False):
 
 
 @torch.no_grad()
-def draw_companions(nets, pairs, seed):
+def draw_companions(rater, group_size, pairs, seed):
     """Features (R, G - 1, D) of random pairs: GROUPS groups in which one place is free.
 
     They are drawn by a hash of their keys, so that the order of the corpus has no say either.
     """
-    count = GROUPS * (nets["group_size"] - 1)
+    count = GROUPS * (group_size - 1)
     rows = np.argsort(pairs.hashes() * np.uint64(2 * seed + 1))[:count]
     parts = pairs.parts(np.array_split(rows, -(-len(rows) // CHUNK)))
-    f = torch.cat([nets["rater"].features(*part.batch(np.arange(len(part)))) for _, part in parts])
+    f = torch.cat([rater.features(*part.batch(np.arange(len(part)))) for _, part in parts])
     return f[torch.arange(count) % len(f)].view(GROUPS, -1, f.shape[1])       # few pairs: again
 
 
-def score(nets, pairs, path, seed, progress, with_baselines=False):
+def score(nets, group_size, pairs, path, seed, progress, with_baselines=False):
     """Write the lines of `path` in corpus order; processes share the chunks, the first writes."""
     columns = ["key", *NUMBERS, *(BASELINES if with_baselines else []), "stratum"]
     progress.attach()
-    companions = draw_companions(nets, pairs, seed)                           # (R, G - 1, D)
+    companions = draw_companions(nets["rater"], group_size, pairs, seed)      # (R, G - 1, D)
     starts = range(progress.step * CHUNK, len(pairs), CHUNK * proxy_stage.world())
     chunks = (np.arange(start, min(start + CHUNK, len(pairs)))
               for start in (first + proxy_stage.rank() * CHUNK for first in starts))
@@ -289,7 +289,7 @@ def parse_args(argv=None):
 
 
 def load_nets(args, settings, device):
-    """theta, theta_hat and mu as stage 2 left them, and its group size."""
+    """{proxy, ref, rater} as stage 2 left them, and its group size."""
     file = Path(args.out) / f"rater{rater_stage.suffix(args.signal)}.pt"
     saved = proxy_stage.load(file, f"02_meta_rater.py --signal {args.signal}")
     if {**saved["proxy"], "out": args.out} != vars(settings):
@@ -299,12 +299,12 @@ def load_nets(args, settings, device):
     nets["rater"] = rater_stage.Rater(settings.size, settings.patch, settings.words).to(device)
     for name, net in nets.items():
         net.load_state_dict(saved["weights"][name])
-    return nets | {"group_size": saved["settings"]["group_size"]}
+    return nets, saved["settings"]["group_size"]
 
 
 def main(args, device):
     settings, snapshots = proxy_stage.load_proxy(args.out)
-    nets = load_nets(args, settings, device)
+    nets, group_size = load_nets(args, settings, device)
     if args.data:
         pairs = proxy_stage.keep_resident(proxy_stage.open_pairs(
             args.data, settings.size, settings.words, args.out), proxy_stage.RESIDENT).to(device)
@@ -313,7 +313,7 @@ def main(args, device):
     stem = Path(args.out) / f"ratings{rater_stage.suffix(args.signal)}"
     progress = proxy_stage.Progress(f"{stem}.progress", "03_score.py",
                                     {**vars(args), "pairs": len(pairs)}, args.save_every)
-    score(nets, pairs, f"{stem}.csv.part", args.seed, progress, args.baselines)
+    score(nets, group_size, pairs, f"{stem}.csv.part", args.seed, progress, args.baselines)
     if proxy_stage.rank():
         return
     os.replace(f"{stem}.csv.part", f"{stem}.csv")

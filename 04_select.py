@@ -4,13 +4,16 @@ Sort by rating, highest first; w_i in [0, 1) is pair i's position in that order.
 
     eq. 11   p(i) ~ exp(-(w_i - mean)^2 / (2 std^2)) for w_i >= drop, 0 for the dropped head,
 
-drawn without replacement to an exact count. --method
+drawn without replacement to an exact count. --method     head               tail
 
-    shift-gsample  eq. 11: the head is dropped, the tail only made unlikely      (the paper's)
-    gsample        eq. 11 with nothing dropped
-    topk           the highest ratings
-    block          the run of pairs that begins at --drop
+    shift-gsample  eq. 11, the paper's rule                 first --drop out   unlikely, not cut
+    gsample        eq. 11 with nothing dropped              unlikely           unlikely, not cut
+    topk           the highest ratings                      kept               cut
+    block          the run of pairs that begins at --drop   first --drop out   cut
     random         every pair alike
+
+The bell's middle is --mean. At the default, half of the ranking, the first quarter holds 5 % of it,
+so that dropping that quarter changes little. The more is kept, the more of the tail comes along.
 
 The paper gives neither n, mu, sigma (here --drop, --mean, --std) nor says how to draw. Ours: drop
 25 %, as in the names of the authors' early files; the mean at 50 % and the std of 15 points place
@@ -43,18 +46,6 @@ RANKINGS = ("rating", "instance", "loss", "difference", "clarity", "frequency", 
 
 
 # ---- eq. 11 and its rivals -------------------------------------------------------------------
-def sort_rows(rating):
-    """Row numbers (N,) from the highest rating to the lowest; equal ones keep their order.
-
-    np.argsort(-rating, kind="stable") in a fifth of its time: sorts float32 bits and row as one.
-    """
-    bits = (0 - rating.astype(np.float32)).view(np.int32)
-    bits ^= (bits >> 31) & 0x7FFFFFFF                      # integers in the order of the floats
-    both = (bits.astype(np.int64) << 32) | np.arange(len(rating))
-    both.sort()
-    return both & 0xFFFFFFFF
-
-
 def log_density(w, drop, mean, std):
     """log p(i) (N,) of Shift-Gsample, up to a constant; -inf for the dropped head."""
     return np.where(w >= drop, -(w - mean) ** 2 / (2 * std ** 2), -np.inf)    # eq. 11
@@ -93,6 +84,18 @@ def select(rating, method, keep, drop=0.25, mean=0.5, std=0.15, seed=0):
     else:
         chosen = draw(log_density(w, start, mean, std), count, rng)
     return np.sort(sort_rows(rating)[chosen]), w[chosen]
+
+
+def sort_rows(rating):
+    """Row numbers (N,) from the highest rating to the lowest; equal ones keep their order.
+
+    np.argsort(-rating, kind="stable") in a fifth of its time: sorts float32 bits and row as one.
+    """
+    bits = (0 - rating.astype(np.float32)).view(np.int32)
+    bits ^= (bits >> 31) & 0x7FFFFFFF                      # integers in the order of the floats
+    both = (bits.astype(np.int64) << 32) | np.arange(len(rating))
+    both.sort()
+    return both & 0xFFFFFFFF
 
 
 # ---- files -----------------------------------------------------------------------------------
@@ -167,7 +170,7 @@ def write_shards(folder, out, keys, rows, per_shard=10000):
                          "other data")
     Path(folder).mkdir(parents=True, exist_ok=True)
     for number, part in enumerate(np.split(rows, range(per_shard, len(rows), per_shard))):
-        with proxy_stage.whole(Path(folder) / f"{number:06d}.tar", "wb") as file:
+        with proxy_stage.atomic_file(Path(folder) / f"{number:06d}.tar", "wb") as file:
             with tarfile.open(fileobj=file, mode="w") as tar:
                 for row in part:
                     key, files = pairs.read(row)

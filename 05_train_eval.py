@@ -14,7 +14,8 @@ random selections. Measured on clean pairs that no stage trains on:
 Features and cosines come from a small contrastive image-text network that this script trains on
 the validation pairs, on noised and blurred copies too: its distance is not FID and its score not
 OpenAI's CLIP score. --metrics standard uses the public networks of both instead, and --evaluate
-does so for images that already exist. Full data and a random selection are always among the arms.
+does so for images that already exist: their code comes after `main` and can be skipped. Full data
+and a random selection are always among the arms.
 
 Reads    out/proxy.pt, out/ratings.csv, out/ratings-loss.csv, or --selected CSV files of stage 4
 Writes   out/results.csv (a row per arm and seed), .md, .png, and out/results-samples.png (all arms
@@ -23,7 +24,7 @@ Run      python 05_train_eval.py                          five minutes on two co
          python 05_train_eval.py --arms main --seeds 5               the paper's Table 1
          python 05_train_eval.py --selected out/selected-topk-0.5.csv --seeds 1
          python 05_train_eval.py --evaluate DRAWN --reference REAL       FID and CLIP score alone
-         torchrun --nproc-per-node 2 05_train_eval.py
+         torchrun --nproc-per-node 2 -- 05_train_eval.py
 """
 import functools
 import gzip
@@ -401,6 +402,53 @@ def draw_samples(path, samples, test):
         row[0].text(-0.15, 0.5, name, ha="right", va="center", transform=row[0].transAxes)
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
     proxy_stage.save_figure(figure, path)
+
+
+# ---- the stage -------------------------------------------------------------------------------
+def parse_args(argv=None):
+    parser = proxy_stage.options(
+        __doc__, batch_size=(64, "pairs, all processes"), epochs=(16, "over every selection"),
+        seeds=(3, "paired repetitions"), lr=(5e-3, "of the downstream model"))
+    parser.add_argument("--arms", choices=ARMS, default="default", help="which comparison")
+    parser.add_argument("--selected", nargs="+", default=[], help="CSV files of stage 4 as arms")
+    parser.add_argument("--metrics", choices=["mini", "standard"], default="mini",
+                        help="own small network, or FID's Inception and OpenAI's CLIP")
+    for what in ("inception", "clip", "clip-vocab"):
+        parser.add_argument(f"--{what}", help=f"local {what} file of the standard metrics")
+    parser.add_argument("--evaluate", help="only measure these images, in any layout of --data")
+    parser.add_argument("--reference", help="real images, or .npz statistics, for their FID")
+    parser.add_argument("--save-statistics", help=".npz for mu and sigma of --evaluate")
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.epochs, args.seeds, args.batch_size = 1, 2, 16
+    return args
+
+
+def main(args, device):
+    if args.evaluate:
+        return evaluate_files(args, device)
+    settings, _ = proxy_stage.load_proxy(args.out)
+    pairs, val, test = proxy_stage.load_data(settings, device)
+    arms, stem = list_arms(args, pairs), name_results(args)
+    judge = (StandardJudge(args, device) if args.metrics == "standard"
+             else train_judge(val, 20 if args.smoke else JUDGE_STEPS, args.seed))
+    (x, _), (other, _) = (split.batch(np.arange(min(DRAWN, len(split)))) for split in (test, val))
+    reference = moments(judge.embed_images(x)[0])
+    real = judge_images(judge, x, test.captions[:len(x)], reference)
+    again = judge_images(judge, other, val.captions[:len(other)], reference)
+    floor = (f"real images: score {real['score']:.1f}, match {real['match']:.0f} %, and "
+             f"{len(other)} real images of the validation split are at distance "
+             f"{again['distance']:.3f}")
+    proxy_stage.print0(floor)
+    results, samples, progress = run_all(arms, args, settings, pairs, test, judge, reference)
+    table = tabulate(results, arms, floor)
+    if proxy_stage.rank() == 0:
+        with proxy_stage.atomic_file(f"{stem}.md") as file:
+            file.write(table)
+        draw_results(f"{stem}.png", results, arms)
+        draw_samples(f"{stem}-samples.png", samples, test)
+    progress.finish()
+    proxy_stage.print0(f"\n{table}\nwrote {stem}.csv, .md, .png and {stem}-samples.png")
 
 
 # ---- standard metrics: FID's Inception-v3, OpenAI's CLIP -------------------------------------
@@ -787,53 +835,6 @@ def evaluate_files(args, device):
         error = (max(squares / captioned - mean ** 2, 0) / captioned) ** 0.5
         proxy_stage.print0(f"CLIP score {100 * mean:.3f} +- {100 * error:.3f} (standard error) "
                            f"of {captioned:.0f} captioned images")
-
-
-# ---- the stage -------------------------------------------------------------------------------
-def parse_args(argv=None):
-    parser = proxy_stage.options(
-        __doc__, batch_size=(64, "pairs, all processes"), epochs=(16, "over every selection"),
-        seeds=(3, "paired repetitions"), lr=(5e-3, "of the downstream model"))
-    parser.add_argument("--arms", choices=ARMS, default="default", help="which comparison")
-    parser.add_argument("--selected", nargs="+", default=[], help="CSV files of stage 4 as arms")
-    parser.add_argument("--metrics", choices=["mini", "standard"], default="mini",
-                        help="own small network, or FID's Inception and OpenAI's CLIP")
-    for what in ("inception", "clip", "clip-vocab"):
-        parser.add_argument(f"--{what}", help=f"local {what} file of the standard metrics")
-    parser.add_argument("--evaluate", help="only measure these images, in any layout of --data")
-    parser.add_argument("--reference", help="real images, or .npz statistics, for their FID")
-    parser.add_argument("--save-statistics", help=".npz for mu and sigma of --evaluate")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.epochs, args.seeds, args.batch_size = 1, 2, 16
-    return args
-
-
-def main(args, device):
-    if args.evaluate:
-        return evaluate_files(args, device)
-    settings, _ = proxy_stage.load_proxy(args.out)
-    pairs, val, test = proxy_stage.load_data(settings, device)
-    arms, stem = list_arms(args, pairs), name_results(args)
-    judge = (StandardJudge(args, device) if args.metrics == "standard"
-             else train_judge(val, 20 if args.smoke else JUDGE_STEPS, args.seed))
-    (x, _), (other, _) = (split.batch(np.arange(min(DRAWN, len(split)))) for split in (test, val))
-    reference = moments(judge.embed_images(x)[0])
-    real = judge_images(judge, x, test.captions[:len(x)], reference)
-    again = judge_images(judge, other, val.captions[:len(other)], reference)
-    floor = (f"real images: score {real['score']:.1f}, match {real['match']:.0f} %, and "
-             f"{len(other)} real images of the validation split are at distance "
-             f"{again['distance']:.3f}")
-    proxy_stage.print0(floor)
-    results, samples, progress = run_all(arms, args, settings, pairs, test, judge, reference)
-    table = tabulate(results, arms, floor)
-    if proxy_stage.rank() == 0:
-        with proxy_stage.whole(f"{stem}.md") as file:
-            file.write(table)
-        draw_results(f"{stem}.png", results, arms)
-        draw_samples(f"{stem}-samples.png", samples, test)
-    progress.finish()
-    proxy_stage.print0(f"\n{table}\nwrote {stem}.csv, .md, .png and {stem}-samples.png")
 
 
 if __name__ == "__main__":

@@ -257,9 +257,9 @@ def kept_memory(function, other):
 
 def forward_rows(bench):
     """Scoring, Frechet statistics and sampling, each beside the bare forward passes in it."""
-    nets = bench.nets | {"group_size": 32}
-    rater, net, part = nets["rater"], nets["proxy"], bench.pairs.take(np.arange(512))
-    companions = score_stage.draw_companions(nets, bench.pairs, 0)
+    nets, part = bench.nets, bench.pairs.take(np.arange(512))
+    rater, net = nets["rater"], nets["proxy"]
+    companions = score_stage.draw_companions(rater, 32, bench.pairs, 0)
     x, c = part.batch(np.arange(512))
     judge = eval_stage.Judge(16, 8).to(bench.device).requires_grad_(False)
     many = bench.pairs.batch(np.arange(min(4000, len(bench.pairs))))[0]

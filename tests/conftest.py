@@ -1,4 +1,4 @@
-"""Makes the numbered stages importable and runs the chain once, tiny, for the tests that read it."""
+"""Makes the numbered stages importable; runs the chain once, tiny, for the tests that read it."""
 import importlib
 import os
 import subprocess
@@ -35,13 +35,12 @@ def launch(stage, number, flags):
 
 
 def write_pictures(stage, folder, n):
-    """A folder of n toy pictures with their captions in .txt files beside them. Returns the keys."""
+    """A folder of n toy pictures, their captions in .txt files beside them."""
     pairs = stage(1).draw_toy(n, 16, 0, "val")
     folder.mkdir()
     for key, image, caption in zip(pairs.keys, pairs.images, pairs.captions):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{key}.png")
         (folder / f"{key}.txt").write_text(caption)
-    return pairs.keys
 
 
 @pytest.fixture(scope="session")

@@ -131,7 +131,8 @@ class Bench:
     def __init__(self, args):
         self.out, self.seeds = Path(args.out), range(args.seeds)
         self.flags = ["--smoke"] if args.smoke else []
-        self.steps = rater_stage.parse_args(self.flags).steps
+        defaults = rater_stage.parse_args(self.flags)
+        self.steps, self.group_size = defaults.steps, defaults.group_size
         self.out.mkdir(exist_ok=True, parents=True)
 
     @functools.cache
@@ -153,7 +154,7 @@ class Bench:
         nets_at = proxy_stage.Progress()
         rater_stage.learn(nets, pairs, val, args, pairs.batch(np.arange(len(pairs))), nets_at)
         seen = {k: logits.numpy() for k, logits in nets_at.kept["seen"]}
-        return nets | {"group_size": args.group_size}, np.array(nets_at.log), seen
+        return nets, np.array(nets_at.log), seen
 
     @functools.cache
     def rater(self, seed, name):
@@ -317,7 +318,7 @@ def compare_signals(bench, seed, pairs, weights, beta=0.01):
             signals.append(proxy_stage.flow_loss(ref, *train))
     first = [spearman(signals[1] - signals[0], exact), spearman(signals[1], exact)]
     nets, *_ = bench.learn(seed, pairs, weights, () if bench.flags else ("--steps", "100"))
-    loss, gap = score(nets, pairs, seed, "loss", "difference")                # L_hat, eq. 6: (N,)
+    loss, gap = score(bench, nets, pairs, seed, "loss", "difference")         # L_hat, eq. 6: (N,)
     strata = np.array(pairs.strata)
     return [L_hat.mean().item(), perfect_memory(pairs, train), exact.norm().item() / beta, *first,
             spearman(loss + gap, gap), loss.var() / (loss.var() + gap.var()),
@@ -406,11 +407,11 @@ def draw_temperature(bench):
 
 
 # ---- rows 6 to 8: scoring --------------------------------------------------------------------
-def score(nets, pairs, seed, *columns):
+def score(bench, nets, pairs, seed, *columns):
     """Columns (N,) of stage 3's ratings in the order of `pairs`."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "ratings.csv"
-        score_stage.score(nets, pairs, file, seed, proxy_stage.Progress(),
+        score_stage.score(nets, bench.group_size, pairs, file, seed, proxy_stage.Progress(),
                           with_baselines="loss" in columns)
         table = score_stage.read_table(file)
     return [table[name] for name in columns]
@@ -460,8 +461,8 @@ def rescore(bench, seed):
     first = score_batches(nets["rater"], pairs, listed, size)
     again = np.argsort(-first, kind="stable")
     by_rating = score_batches(nets["rater"], pairs, again, size)
-    ours, moved = score(nets, pairs, seed, "rating")[0], np.empty(len(pairs))
-    moved[mixed] = score(nets, pairs.take(mixed), seed, "rating")[0]
+    ours, moved = score(bench, nets, pairs, seed, "rating")[0], np.empty(len(pairs))
+    moved[mixed] = score(bench, nets, pairs.take(mixed), seed, "rating")[0]
     full, without, _ = blank(bench, seed)
     return {
         "released: in another order": compare(

@@ -296,8 +296,8 @@ class Lab:
         for key, net in nets.items():
             if key != "ref" or has_ref:
                 net.load_state_dict(learnt["weights"][key])
-        nets["group_size"] = rater_stage.parse_args(self.smoke).group_size
-        companions = score_stage.draw_companions(nets, pairs, 0)
+        group_size = rater_stage.parse_args(self.smoke).group_size
+        companions = score_stage.draw_companions(nets["rater"], group_size, pairs, 0)
         rows, size = np.arange(len(pairs)), score_stage.CHUNK
         with mock.patch.object(score_stage, "DRAWS", draws):
             return torch.cat([score_stage.score_chunk(

@@ -140,7 +140,7 @@ def main(argv=None):
     args = proxy_stage.options(__doc__).parse_args(argv)
     settings, _ = proxy_stage.load_proxy(args.out)
     args.signal = "difference"
-    nets = score_stage.load_nets(args, settings, "cpu")
+    nets, _ = score_stage.load_nets(args, settings, "cpu")
     pairs = proxy_stage.load_data(settings, "cpu")[0]
     draw_pipeline(Path(args.out) / "pipeline.png")
     draw_eq6(Path(args.out) / "eq6.png", nets, pairs.take(np.arange(min(1500, len(pairs)))))

@@ -12,7 +12,7 @@ def rated(stage):
     nets = {name: stage(1).DiT(16, 4, 16, 1, 8) for name in ("proxy", "ref")}
     for net in nets.values():
         torch.nn.init.normal_(net.from_patch.weight, std=0.1)
-    return nets | {"rater": stage(2).Rater(16, 4, 8, width=16, depth=1), "group_size": 8}, pairs
+    return nets | {"rater": stage(2).Rater(16, 4, 8, width=16, depth=1)}, pairs
 
 
 def rate(stage, nets, pairs, path, stop_after=None):
@@ -20,7 +20,7 @@ def rate(stage, nets, pairs, path, stop_after=None):
     progress = stage(1).Progress(f"{path}.progress", "03_score.py", {}, save_every=0)
     if stop_after:
         stage(1).Progress.stop = 15 if stop_after == progress.step + 1 else 0
-    stage(3).score(nets, pairs, path, 3, progress, with_baselines=True)
+    stage(3).score(nets, 8, pairs, path, 3, progress, with_baselines=True)
     return np.loadtxt(path, delimiter=",", skiprows=1, usecols=range(1, 9))
 
 
@@ -28,12 +28,12 @@ def test_scores_ignore_the_order_of_work(stage, rated, tmp_path):
     nets, pairs = rated
     whole = rate(stage, nets, pairs, tmp_path / "r.csv")
     assert len(whole) == 1280 and np.ptp(whole, axis=0).min() > 1e-6     # no column is constant
-    companions = stage(3).draw_companions(nets, pairs, 3)
+    companions = stage(3).draw_companions(nets["rater"], 8, pairs, 3)
     parts = {k: stage(3).score_chunk(nets, pairs.take(range(512 * k, min(512 * k + 512, 1280))),
                                      companions, k, 3, True).numpy() for k in (2, 0, 1)}
     assert np.allclose(whole, np.concatenate([parts[k] for k in (0, 1, 2)]), atol=1e-5)
     one = stage(3).score_chunk(nets, pairs.take([700]), companions, 0, 3).numpy()
-    assert np.allclose(one, whole[700:701, :3], atol=1e-5)               # nor have batch-mates a say
+    assert np.allclose(one, whole[700:701, :3], atol=1e-5)               # nor batch-mates
     mixed = np.random.default_rng(1).permutation(1280)
     again = rate(stage, nets, pairs.take(mixed), tmp_path / "mixed.csv")
     assert np.allclose(again[:, :3], whole[mixed, :3], atol=1e-5)        # nor the corpus' order
@@ -56,7 +56,7 @@ def test_scoring_continues_where_it_was_stopped(stage, rated, tmp_path):
 def test_group_rating_is_the_mean_over_groups_that_the_pair_joins(stage, rated):
     """Against eq. 7's own weights of groups put together pair by pair."""
     nets, pairs = rated
-    size = nets["group_size"]
+    size = 8
     x, c = pairs.batch(range(3 + stage(3).GROUPS * (size - 1)))
     with torch.no_grad():
         f = nets["rater"].features(x, c)
@@ -66,7 +66,7 @@ def test_group_rating_is_the_mean_over_groups_that_the_pair_joins(stage, rated):
             rows = [torch.tensor([i, *range(k, k + size - 1)]) for k in range(3, len(x), size - 1)]
             W = [stage(2).weigh(nets["rater"], x[row], c[row], size)[1] for row in rows]
             assert torch.allclose(torch.stack(W).mean(), rating[i], atol=1e-5)
-    drawn = stage(3).draw_companions(nets, pairs, 0)
+    drawn = stage(3).draw_companions(nets["rater"], size, pairs, 0)
     assert drawn.shape == companions.shape and len(drawn.flatten(0, 1).unique(dim=0)) > size
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import launch, run
+from conftest import launch, run, write_pictures
 
 
 def encode(mode="RGB", kind="PNG", size=(20, 14), colour=None, **settings):

@@ -171,8 +171,8 @@ def test_errors_are_one_line_with_the_cure(command, message, tmp_path):
 @pytest.mark.skipif(not PHOTOS.exists(), reason="the photographs are not part of the project")
 def test_chain_on_photographs(tmp_path):
     flags = f"--smoke --out {tmp_path}"
-    data = f"--data {PHOTOS}/train-*.tar --val {PHOTOS}/val-00000.tar --size 32 --width 16 --depth 1"
-    done = run(f"01_proxy.py {data} {flags}")
+    data = f"--data {PHOTOS}/train-*.tar --val {PHOTOS}/val-00000.tar"
+    done = run(f"01_proxy.py {data} --size 32 --width 16 --depth 1 {flags}")
     assert done.returncode == 0, done.stderr
     for command in ("02_meta_rater.py", "03_score.py"):
         assert run(f"{command} {flags}").returncode == 0

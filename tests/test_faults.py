@@ -147,7 +147,7 @@ def test_a_full_disk_is_one_line_and_earlier_files_survive(chain, tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(stage, tmp_path):
-    with stage(1).claim(tmp_path):
+    with stage(1).lock_folder(tmp_path):
         done = run(f"01_proxy.py --smoke --out {tmp_path}")
         assert done.returncode == 1 and "is in use by another run" in done.stderr
         assert "Traceback" not in done.stderr
@@ -198,7 +198,7 @@ def test_nan_stops_at_its_step_and_names_the_pairs(stage, tmp_path):
     def poison(step):
         seen.append(step)
         if step == 3:
-            net.place.data[0, 0, 0] = float("inf")
+            net.position.data[0, 0, 0] = float("inf")
     with pytest.raises(SystemExit, match="step 4: .*nan.* val0000") as stop:
         stage(1).train(net, pairs, 9, 8, 1e-3, 0, progress=progress, after=poison)
     stage(1).Progress.running = False

@@ -30,7 +30,7 @@ def test_the_table_has_all_equations():
 
 
 def test_every_command_runs(stage, chain, tmp_path, monkeypatch):
-    """Tiny and in the README's order, each on what those before it left; --data has an --out."""
+    """Tiny and in the README's order, each on what those before it left."""
     shutil.copytree(chain, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     write_pictures(stage, tmp_path / "trusted", 64)
@@ -44,8 +44,7 @@ def test_every_command_runs(stage, chain, tmp_path, monkeypatch):
         if "--evaluate" in flags:                          # test_05_standard.py runs it on weights
             stage(5).parse_args(flags)
             continue
-        out = ["--out", "own"] if "--data" in flags else []
-        launch(stage, int(file[1]), [*flags, "--smoke", *out])
+        launch(stage, int(file[1]), [*flags, "--smoke"])
 
 
 def test_every_file_named_is_there():
