@@ -247,15 +247,15 @@ def draw_histogram(path, rating, percentile, strata):
 
 def draw_bands(path, pairs, corpus_rows, percentile, seed):
     """Pictures and captions drawn at random, a column per percentile band (the paper's Fig. 5)."""
-    figure, axes = plt.subplots(5, BANDS, figsize=(BANDS, 7.5))
+    figure, axes = plt.subplots(5, BANDS, figsize=(BANDS, 8))
     for band, column in enumerate(axes.T):
         inside = np.flatnonzero((percentile * BANDS // 100).astype(int) == band)
         five = np.random.default_rng([seed, band]).choice(inside, 5, replace=len(inside) < 5)
         (_, part), = pairs.parts([corpus_rows[five]])
-        proxy_stage.show_pictures(column, part.batch(np.arange(len(part)))[0], part.captions)
-        column[0].text(0.5, 1.9, f"{band * 100 // BANDS}-{(band + 1) * 100 // BANDS} %",
+        proxy_stage.show_pictures(column, part.batch(np.arange(len(part)))[0], part.captions, 13)
+        column[0].text(0.5, 1.95, f"{band * 100 // BANDS}-{(band + 1) * 100 // BANDS} %",
                        ha="center", fontsize=10, transform=column[0].transAxes)
-    figure.subplots_adjust(wspace=0.08, hspace=0.5)
+    figure.subplots_adjust(wspace=0.08, hspace=0.55)
     proxy_stage.save_figure(figure, path)
 
 

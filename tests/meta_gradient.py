@@ -273,7 +273,8 @@ def draw_distance(path, curves, inner):
             colour = plt.cm.viridis(level / len(LEVELS))
             mean, half = np.transpose([eval_stage.interval(v) for v in curves[:, :, level, k].T])
             axis.plot(APART, mean, "o-", color=colour, label=f"t = {t}", linewidth=2)
-            axis.fill_between(APART, mean - half, mean + half, color=colour, alpha=0.15)
+            axis.fill_between(APART, mean - half, (mean + half).clip(max=1), color=colour,
+                              alpha=0.08)
             mean, half = eval_stage.interval(inner[:, level, k])
             axis.errorbar(0.35 * 1.2 ** level, mean, half, fmt="D", color=colour, capsize=3,
                           markerfacecolor="white", markersize=8)
