@@ -1,4 +1,4 @@
-"""Stage 2 of 5: the rater mu learns which pairs help, from an explicit meta-gradient (eqs. 2-9).
+"""Stage 2 of 5: the rater mu learns which pairs help, from an explicit meta-gradient (eqs. 2-10).
 
 Two proxies leave the warm-up side by side. theta trains on the weighted training pairs and on
 validation pairs, theta_hat on the weighted training pairs alone. Where theta has the lower loss
@@ -103,7 +103,7 @@ def rater_objective(W_inst, W_batch, s, s_group):
     (B / G, 1), in eq. 6 sum_i s_i W_inst,i. It is an argument because it is ranked by itself.
     """
     instance = W_batch.detach() * (s * W_inst).sum(1, keepdim=True)           # (B / G, 1)
-    return (instance + s_group * W_batch).mean()                              # eq. 6
+    return (instance + s_group * W_batch).mean()                              # eqs. 6, 9
 
 
 def rank_normal(s):
@@ -141,11 +141,11 @@ def meta_step(nets, opts, train, val, rng, args):
     L_theta, L_hat = L_theta.view_as(W_inst), L_hat.view_as(W_inst)           # (B / G, G)
 
     gap = (L_theta - L_hat).detach()                       # eq. 6 holds both proxies fixed
-    signal = gap if args.signal == "difference" else L_theta.detach()         # eq. 9: L_hat = 0
+    signal = gap if args.signal == "difference" else L_theta.detach()         # eq. 8: L_hat = 0
     s = rank_normal(signal)                                                   # added
     total = (signal * W_inst.detach()).sum(1)                                 # (B / G,)
     s_group = proxy_stage.mine(rank_normal(proxy_stage.gather(total)))[:, None]         # added
-    objective = rater_objective(W_inst, W_batch, s, s_group)                  # eqs. 6, 9
+    objective = rater_objective(W_inst, W_batch, s, s_group)
     W = (W_inst * W_batch).detach()                        # eq. 5 holds mu fixed; sums to W_batch
 
     losses = {"rater": objective + args.tau * negative_entropy(W_inst, W_batch),
