@@ -1019,10 +1019,10 @@ def write_csv(path, columns, rows):
 
 
 def show_pictures(axes, images, captions, letters=16):
-    """Images (K, 3, H, W) in [-1, 1] on K axes, their captions above, `letters` to a line."""
+    """Images (K, 3, H, W) in [-1, 1] on K axes, their captions above, cut to fit."""
     for axis, image, caption in zip(np.ravel(axes), images.cpu(), captions):
         axis.imshow((image.permute(1, 2, 0).numpy() + 1) / 2)
-        title = textwrap.fill(textwrap.shorten(caption[:500], 48), letters)
+        title = textwrap.fill(textwrap.shorten(caption[:500], 3 * letters), letters)
         axis.set_title(title, fontsize=7, parse_math=False)
         axis.axis("off")
 
