@@ -1,8 +1,10 @@
 """Stage 2: every equation against an independent answer."""
+import shutil
+
 import pytest
 import torch
 
-from conftest import run
+from conftest import launch, run
 
 SIZE, PATCH, WORDS, GROUP = 8, 4, 4, 4
 
@@ -187,6 +189,16 @@ def test_collapse_is_said_in_words(stage):
     assert stage(2).warn_of_collapse(0.8, 0.5, 0.4) == ""
     for health in ((0.1, 0.5, 0.4), (0.8, 0.001, 0.4), (0.8, 0.9999, 0.4), (0.8, 0.5, 0.001)):
         assert "COLLAPSE" in stage(2).warn_of_collapse(*health)
+    both = stage(2).warn_of_collapse(0.1, 0.99, 0.4)
+    assert "few pairs" in both and "W_batch" in both and "alike" not in both
+
+
+def test_one_group_a_batch_is_said_as_it_has_no_rank(stage, chain, tmp_path, capsys):
+    shutil.copy(chain / "proxy.pt", tmp_path)
+    launch(stage, 2, ["--steps", "1", "--batch-size", "16", "--group-size", "16", "--out",
+                      str(tmp_path)])
+    assert "one group a batch" in capsys.readouterr().out
+    assert stage(2).rank_normal(torch.tensor([3.0])).abs() < 1e-6
 
 
 def test_too_few_validation_pairs_for_a_batch_are_named(chain):

@@ -79,6 +79,13 @@ def test_rankings_and_key_files(tmp_path):
     assert np.load(tmp_path / "selected-r-topk-2.npy").tolist() == [8, 9]
 
 
+def test_a_head_left_out_is_said(tmp_path):
+    write(tmp_path / "ratings.csv", [f"{k},{k},1,1,x" for k in range(2000)])
+    for method, said in (("shift-gsample", "the 25% rated highest"), ("topk", "")):
+        done = run(f"04_select.py --out {tmp_path} --method {method}")
+        assert ("rated highest" in done.stdout) == bool(said) and said in done.stdout
+
+
 @pytest.mark.parametrize("rows,message", [
     (["b,1,1,1,x", "a,nan,1,1,x"], "not a number in row 2"),
     (["a,1,1,1,x", "b,2,1,1,x", "a,3,1,1,x"], "key a stands there more than once, again in row 3"),
