@@ -33,6 +33,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import signal
 import sys
@@ -54,6 +55,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
+from torchvision import datasets
 from torchvision.transforms import functional as image_ops
 
 matplotlib.use("Agg")
@@ -69,6 +71,8 @@ CAPTION_DROPOUT = 0.1      # share of captions blanked in training, for classifi
 TOY_PAIRS = {"train": 4000, "val": 1000, "test": 1000}
 SMOKE_PAIRS = {"train": 256, "val": 64, "test": 64}
 HELD_OUT = 20000           # trusted pairs at most, half for eq. 5 and half for stage 5
+DATASETS = ("FashionMNIST", "MNIST", "CIFAR10", "CIFAR100")        # of torchvision
+DATASET_TRUSTED = 1000     # of their training split for eq. 5, of their test split for stage 5
 
 
 # ---- the proxy: a small diffusion transformer ------------------------------------------------
@@ -123,13 +127,17 @@ class DiT(nn.Module):
         nn.init.zeros_(self.from_patch.weight)
         nn.init.zeros_(self.from_patch.bias)
 
-    def forward(self, x, t, c):                            # (B, 3, H, W), (B,), (B, T)
+    def encode(self, x, t, c):                             # (B, 3, H, W), (B,), (B, T)
+        """Last hidden states (B, T + P, D) of the words and of the patches."""
         word = self.word(c)                                                   # (B, T, D)
         cond = self.time(time_features(t, word.shape[-1])) + word.mean(1)     # (B, D)
         h = torch.cat([word, self.to_patch(patchify(x, self.patch))], 1) + self.position
         for block in self.blocks:
             h = block(h, cond)                                                # (B, T + P, D)
-        h = self.from_patch(self.norm(h[:, self.words:]))                     # (B, P, 3 p p)
+        return self.norm(h)
+
+    def forward(self, x, t, c):
+        h = self.from_patch(self.encode(x, t, c)[:, self.words:])             # (B, P, 3 p p)
         return unpatchify(h, self.patch, x.shape[-1])                         # (B, 3, H, W)
 
 
@@ -232,7 +240,7 @@ def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None,
     return net
 
 
-# ---- toy pairs: drawn here, with known strata ------------------------------------------------
+# ---- pairs with known dirt: drawn, or planted in real ones ------------------------------------
 # Strata serve the analysis only: nothing rates or selects by them (a test shuffles them).
 #   informative      45 %   one shape in colour on a background, and the caption says so
 #   plain            30 %   a white field; teaches nothing, lies about nothing, costs steps
@@ -240,15 +248,66 @@ def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None,
 #   chaotic-caption  10 %   a clean picture under another picture's caption: no statistic of the
 #                           image can find these
 STRATA = {"informative": 0.45, "plain": 0.30, "chaotic-noise": 0.15, "chaotic-caption": 0.10}
+PLANTED = {"plain": "planted-plain", "noise": "planted-noise", "captions": "planted-caption"}
 STRATUM_COLOURS = {        # collages: a stratum of photographs, not of the toy
                    "informative": "#0072B2", "plain": "#E69F00", "chaotic-noise": "#555555",
-                   "chaotic-caption": "#CC79A7", "chaotic-collage": "#009E73"}
+                   "chaotic-caption": "#CC79A7", "chaotic-collage": "#009E73",
+                   "planted-plain": "#E69F00", "planted-noise": "#555555",
+                   "planted-caption": "#CC79A7"}
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230),
            "yellow": (240, 220, 50), "pink": (240, 110, 200), "cyan": (60, 210, 220)}
 GROUNDS = {"black": (20, 20, 20), "gray": (128, 128, 128), "brown": (110, 65, 30),
            "white": (235, 235, 235)}
 SHAPES = ("circle", "square", "triangle")
 PLAIN_CAPTION = "an empty white background"
+
+
+def draw_kinds(n, shares, rng):
+    """A kind (n,) for every pair: k for a share shares[k - 1] of them, 0 for the rest."""
+    ends = np.round(np.cumsum([1 - sum(shares), *shares]) * n).astype(int)
+    return rng.permutation(np.searchsorted(ends, np.arange(n), side="right"))
+
+
+def to_pixels(images):
+    """[-1, 1] -> uint8"""
+    return ((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+
+
+def plant(images, captions, kind, rng, misname):
+    """Turn pairs into dirt in place: images (n, 3, H, W) uint8, captions (n,), kind (n,).
+
+    Kind 1 becomes a plain white picture that says so, 2 noise under its own caption, 3 takes its
+    row of misname(), a wrong caption for every pair; kind 0 stays as it is.
+    """
+    flat = rng.uniform(0.75, 0.95, (len(images), 1, 1, 1)).astype(np.float32)
+    for rows in np.array_split(np.arange(len(images)), len(images) // 1024 + 1):
+        grain = rng.standard_normal(images[rows].shape, dtype=np.float32)
+        plain, noise = kind[rows] == 1, kind[rows] == 2
+        images[rows[plain]] = to_pixels(flat[rows[plain]] + 0.04 * grain[plain])
+        images[rows[noise]] = to_pixels(0.5 * grain[noise])
+    captions[kind == 1] = PLAIN_CAPTION
+    captions[kind == 3] = misname()[kind == 3]
+
+
+def plant_pairs(pairs, planted, seed):
+    """Pairs of which the shares of `planted`, {kind of PLANTED: share}, are dirt and marked so."""
+    rng = np.random.default_rng([seed, zlib.crc32(b"plant")])
+    kind = draw_kinds(len(pairs), [planted.get(name, 0) for name in PLANTED], rng)
+    images, captions = pairs.images.numpy().copy(), np.array(pairs.captions, object)
+
+    def misname():
+        wrong = captions.copy()
+        for row in np.flatnonzero(kind == 3):
+            others = [text for text in rng.choice(pairs.captions, 100) if text != wrong[row]]
+            if not others:
+                raise SystemExit("--plant captions: nearly all pairs have one caption; leave it out")
+            wrong[row] = str(others[0])
+        return wrong
+
+    plant(images, captions, kind, rng, misname)
+    names = ["", *PLANTED.values()]
+    return Pairs(torch.from_numpy(images), tokenize(captions, pairs.tokens.shape[1]), pairs.keys,
+                 list(captions), [names[k] or old for k, old in zip(kind, pairs.strata)])
 
 
 def draw_shapes(n, size, rng):
@@ -273,43 +332,54 @@ def describe(what):
     """Captions of rows (colour, ground, shape), such as 'a red circle on a gray background'."""
     colours, grounds = list(COLOURS), list(GROUNDS)
     return np.array([f"a {colours[colour]} {SHAPES[shape]} on a {grounds[ground]} background"
-                     for colour, ground, shape in what])
+                     for colour, ground, shape in what], object)
 
 
 def draw_toy(n, size, seed, split, words=8):
     """The toy split 'train', 'val' or 'test': n pairs; only 'train' has more than one stratum."""
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
-    shares = list(STRATA.values()) if split == "train" else [1.0]
-    ends = np.round(np.cumsum(shares) * n).astype(int)
-    stratum = rng.permutation(np.searchsorted(ends, np.arange(n), side="right"))
+    kind = draw_kinds(n, list(STRATA.values())[1:] if split == "train" else [], rng)
     images, what = draw_shapes(n, size, rng)
-    captions = describe(what)
-    plain, noise, wrong = (stratum == k for k in (1, 2, 3))
-    flat = rng.uniform(0.75, 0.95, (n, 1, 1, 1)).astype(np.float32)
-    grain = rng.standard_normal(images.shape, dtype=np.float32)
-    images[plain], captions[plain] = flat[plain] + 0.04 * grain[plain], PLAIN_CAPTION
-    images[noise] = 0.5 * grain[noise]
+    captions, pixels = describe(what), to_pixels(images)
     options = np.array([len(COLOURS), len(GROUNDS), len(SHAPES)])
-    other = (what + rng.integers(1, options, size=(n, 3))) % options          # nothing is right
-    captions[wrong] = describe(other[wrong])
-    pixels = torch.from_numpy(((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8))
-    names = [list(STRATA)[k] for k in stratum]
-    return Pairs(pixels, tokenize(captions, words), [f"{split}{i:06d}" for i in range(n)],
-                 list(captions), names)
+    plant(pixels, captions, kind, rng,                     # of a wrong caption nothing is right
+          lambda: describe((what + rng.integers(1, options, size=(n, 3))) % options))
+    return Pairs(torch.from_numpy(pixels), tokenize(captions, words),
+                 [f"{split}{i:06d}" for i in range(n)], list(captions),
+                 [list(STRATA)[k] for k in kind])
 
 
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = options(__doc__, data=("toy", "toy, tar shards (* works), or a folder of images"),
+    parser = options(__doc__, data=("toy", f"toy, {', '.join(DATASETS)}, tar shards (* works), or a "
+                                    "folder of images"),
                      val=(None, "pairs you trust, in the same layouts"),
+                     root=(str(Path(torch.hub.get_dir()) / "datasets"), "folder of the data sets"),
+                     plant=("", "dirt to plant, such as captions=0.1,noise=0.05,plain=0.05"),
                      size=(16, "pixels a side"), words=(8, "words kept of a caption"),
                      patch=(4, "pixels a side of a patch"), width=(64, "of the proxy"),
                      depth=(3, "blocks of the proxy"), batch_size=(64, "pairs, all processes"),
                      steps=(400, "of warm-up"), lr=(2e-3, "of the warm-up"))
+    parser.add_argument("--pairs", type=count, help="take so many training pairs, not all")
     args = parser.parse_args(argv)
     if args.smoke:
         args.steps, args.batch_size = 12, 16
+    read_plant(args.plant)
     return args
+
+
+def read_plant(text):
+    """'captions=0.1,noise=0.05' -> {kind of PLANTED: share}."""
+    try:
+        planted = {name: float(share) for name, share in
+                   (part.split("=") for part in text.split(",") if part)}
+        if set(planted) <= set(PLANTED) and all(share > 0 for share in planted.values()):
+            if sum(planted.values()) < 1:
+                return planted
+    except ValueError:
+        pass
+    raise SystemExit(f"--plant {text}: name kinds and shares of {', '.join(PLANTED)}, below 1 "
+                     "together, as in --plant captions=0.1,noise=0.05")
 
 
 def load_data(args, device):
@@ -318,6 +388,8 @@ def load_data(args, device):
         counts = SMOKE_PAIRS if args.smoke else TOY_PAIRS
         splits = [draw_toy(n, args.size, args.seed, split, args.words)
                   for split, n in counts.items()]
+    elif args.data in DATASETS:
+        splits = read_dataset(args)
     else:
         corpus = open_pairs(args.data, args.size, args.words, args.out)
         rng = np.random.default_rng(args.seed)
@@ -328,9 +400,15 @@ def load_data(args, device):
             held, corpus = (corpus.take(np.sort(part)) for part in (order[:count], order[count:]))
             print0("no --val: part of the corpus is held out instead. Validation no better than "
                    "the corpus can only ask eq. 6 for more of the same; give it pairs you trust.")
+        corpus = corpus.take(np.sort(np.argsort(corpus.hashes())[:args.pairs]))
         order = rng.permutation(len(held))[:HELD_OUT]
         splits = [keep_resident(corpus, RESIDENT),
                   *(keep_resident(held.take(order[k::2])) for k in (0, 1))]
+    if args.plant:
+        if not isinstance(splits[0], Pairs):
+            raise SystemExit("--plant works on pairs that fit into memory: take a part of them, "
+                             "such as --pairs 20000")
+        splits[0] = plant_pairs(splits[0], read_plant(args.plant), args.seed)
     for name, pairs in zip(("train", "val", "test"), splits):
         if len(pairs) < args.batch_size:
             raise SystemExit(f"the {name} split has {len(pairs)} readable pairs, fewer than "
@@ -550,6 +628,52 @@ def find_rows(pairs, keys):
 
 def hash_key(key):
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest())
+
+
+def read_dataset(args):
+    """Splits of a torchvision data set: no trusted pair is a training pair, stage 5 has the test
+    split's."""
+    if rank() == 0:
+        open_dataset(args, download=True)
+    wait_for_all()
+    rng = np.random.default_rng(args.seed)
+    (data, order), (test, test_order) = (
+        (data, rng.permutation(len(data))) for data in
+        (open_dataset(args, train=train) for train in (True, False)))
+    trusted = min(DATASET_TRUSTED, len(data) // 5)
+    return [label_pairs(data, np.sort(order[trusted:][:args.pairs]), args),
+            label_pairs(data, order[:trusted], args),
+            label_pairs(test, test_order[:2 * DATASET_TRUSTED], args)]
+
+
+def open_dataset(args, **how):
+    """One of DATASETS in --root, as torchvision reads it."""
+    kind = getattr(datasets, args.data)
+    try:
+        return kind(args.root, **how)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        names = [name.removesuffix(".gz") for name, _ in
+                 getattr(kind, "resources", None) or kind.train_list + kind.test_list]
+        folder = Path(args.root) / getattr(kind, "base_folder", f"{args.data}/raw")
+        raise SystemExit(f"{args.data} could not be read or downloaded: put {', '.join(names)} "
+                         f"into {folder}, or name another --root ({str(error).splitlines()[0]})")
+
+
+def label_pairs(data, rows, args):
+    """These pictures of a torchvision data set under 'a photo of a CLASS', as Pairs."""
+    images = torch.as_tensor(np.asarray(data.data)[rows])                     # (n, H, W[, 3])
+    images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None]
+    images = image_ops.resize(images.expand(-1, 3, -1, -1), [args.size] * 2, antialias=True)
+    captions = [name_class(data.classes[int(data.targets[row])]) for row in rows]
+    split = "train" if data.train else "test"
+    return Pairs(images, tokenize(captions, args.words), [f"{split}{row:05d}" for row in rows],
+                 captions, ["informative"] * len(rows))
+
+
+def name_class(name):
+    """'T-shirt/top', '8 - eight', 'aquarium_fish' -> 'a photo of a t-shirt', 'an eight', ..."""
+    word = name.split(" - ")[-1].split("/")[0].replace("_", " ").lower()
+    return f"a photo of {'an' if word[0] in 'aeiou' and word != 'one' else 'a'} {word}"
 
 
 # ---- reading real pairs: WebDataset tars, folders, tables -------------------------------------
