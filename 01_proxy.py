@@ -67,6 +67,7 @@ except ImportError:                                       # Windows: --out is no
     fcntl = None
 
 VOCABULARY = 2048          # rows of the word table, a word's row is its CRC-32: any language
+T_SHIFT = 1.2              # added: t = sigmoid(normal + 1.2) where captions matter, mean 0.74
 CAPTION_DROPOUT = 0.1      # share of captions blanked in training, for classifier-free guidance
 TOY_PAIRS = {"train": 4000, "val": 1000, "test": 1000}
 SMOKE_PAIRS = {"train": 256, "val": 64, "test": 64}
@@ -238,6 +239,30 @@ def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None,
         norm = descend(loss, net, opt)                    # eq. 4
         progress.advance(torch.stack([loss, norm]), lambda: pairs.name(rows), lambda: after(k + 1))
     return net
+
+
+@torch.no_grad()
+def read_captions(proxy, pairs, seed, draws=8):
+    """Added: the share of pairs whose own caption has a lower loss than another pair's; 0.5 is
+    chance.
+
+    On up to 512 pairs that the proxy was not trained on, both captions under the same noise.
+    """
+    x, c = pairs.batch(np.arange(min(512, len(pairs))))
+    rng, gain = seeded(x.device, seed, "captions"), torch.zeros(len(x), device=x.device)
+    for _ in range(draws):
+        t, eps = draw_noise(x, rng, T_SHIFT)
+        gain += flow_loss(proxy, x, c.roll(1, 0), t, eps) - flow_loss(proxy, x, c, t, eps)
+    differ = (c != c.roll(1, 0)).any(1)
+    return (gain[differ] > 0).float().mean().item()
+
+
+def say(text, value, chance, good, cure):
+    """The verdict on a measured number, in words: {} in `text` stays empty or becomes a no."""
+    if np.isnan(value):
+        return f"{text.format('perhaps ')}: it cannot be told here, no two pairs differ in it"
+    doubt = "" if value >= good else "hardly " if value >= (chance + good) / 2 else "not "
+    return f"{text.format(doubt)}: {value:.2f} ({chance:g} is chance)" + (doubt and f"; {cure}")
 
 
 # ---- pairs with known dirt: drawn, or planted in real ones ------------------------------------
@@ -420,7 +445,7 @@ def load_data(args, device):
 
 def main(args, device):
     out = Path(args.out)
-    pairs, _, test = load_data(args, device)
+    pairs, val, test = load_data(args, device)
     proxy = build_proxy(args, device)
     progress = Progress(out / "proxy.progress", "01_proxy.py", vars(args), args.save_every)
     points = {max(1, round(share * args.steps)) for share in (0.05, 0.2, 0.5, 1)}
@@ -438,13 +463,17 @@ def main(args, device):
     save(out / "proxy.pt", "01_proxy.py", settings=vars(args), snapshots=snapshots)
     write_csv(out / "proxy.csv", ["step", "loss", "grad_norm"],
               [(k, *row) for k, row in enumerate(progress.log, 1)])
-    draw_figure(out / "proxy.png", proxy, [loss for loss, _ in progress.log], test, args.seed)
+    verdict = say("captions are {}read", read_captions(proxy, val, args.seed), 0.5, 0.75,
+                  "more --steps, a smaller --size, fewer --words or more pairs would help")
+    draw_figure(out / "proxy.png", proxy, [loss for loss, _ in progress.log], test, args.seed,
+                verdict)
     progress.finish()
+    print0(verdict)
     print0(f"wrote {out}/proxy.pt, .csv, .png: {sum(p.numel() for p in proxy.parameters()):,} "
            f"parameters, {args.steps} steps in {progress.seconds:.0f} s")
 
 
-def draw_figure(path, proxy, losses, test, seed):
+def draw_figure(path, proxy, losses, test, seed, verdict):
     """The loss, smoothed over 25 steps, and what the warm proxy draws for eight captions."""
     x, c = test.batch(np.arange(8))
     eps = torch.randn(x.shape, generator=seeded(x.device, seed, "figure"), device=x.device)
@@ -455,6 +484,7 @@ def draw_figure(path, proxy, losses, test, seed):
     axis = left.subplots()
     axis.plot(np.arange(len(smooth)) + window, smooth, color="black")
     axis.set(xlabel="warm-up step", ylabel="loss of the reference proxy", ylim=(0, None))
+    axis.set_title(verdict.split(":")[0], fontsize=9)
     show_pictures(right.subplots(2, 4, gridspec_kw={"hspace": 0.5}), sample(proxy, c, eps),
                   test.captions[:8])
     save_figure(figure, path)

@@ -50,7 +50,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 proxy_stage = importlib.import_module("01_proxy")
 
-T_SHIFT = 1.2              # added: t = sigmoid(normal + 1.2) in the meta step, mean 0.74
 PROBE = 512                # training pairs whose logits the figure follows
 
 
@@ -132,7 +131,7 @@ def meta_step(nets, opts, train, val, rng, args):
     """
     (x, c), (x_val, c_val) = train, val
     W_inst, W_batch = weigh(nets["rater"], x, c, args.group_size)             # (B / G, G or 1)
-    t, eps = proxy_stage.draw_noise(x, rng, T_SHIFT)                          # one noise for both
+    t, eps = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)              # one noise for both
     t_val, eps_val = proxy_stage.draw_noise(x_val, rng)
     L_theta, L_val = proxy_stage.flow_loss(                                   # (B,), (B,)
         nets["proxy"], torch.cat([x, x_val]), torch.cat([c, c_val]), torch.cat([t, t_val]),
@@ -183,23 +182,42 @@ COLUMNS = ["step", "val", "ref", "gap_mean", "gap_std", "ess", "W_batch", "logit
            "grad_norm"]    # the step, and what `meta_step` returns
 
 
+@torch.no_grad()
+def follow(nets, x, c, args, draws=4):
+    """Added: rank correlation of the rater's logits with minus its signal; 0 is chance.
+
+    The signal is measured afresh, outside the step, under the same noise at every call. Returns the
+    logits (B,), too.
+    """
+    logits = nets["rater"].logits(nets["rater"].features(x, c))               # (B,)
+    rng, signal = proxy_stage.seeded(x.device, args.seed, "follow"), torch.zeros_like(logits)
+    for _ in range(draws):
+        t, eps = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)
+        signal += proxy_stage.flow_loss(nets["proxy"], x, c, t, eps)
+        if args.signal == "difference":
+            signal -= proxy_stage.flow_loss(nets["ref"], x, c, t, eps)
+    places = torch.stack([logits, -signal]).argsort(1).argsort(1).double()
+    return torch.corrcoef(places)[0, 1].item(), logits.cpu()
+
+
 def learn(nets, pairs, val, args, probe, progress):
     """`--steps` meta steps, logged in `progress`, which also keeps the probe's logits over time."""
     opts = {name: proxy_stage.adamw(net, args.lr) for name, net in nets.items()}
     progress.attach(**nets, **{f"{name}_opt": opt for name, opt in opts.items()})
-    seen = progress.kept.setdefault("seen", [])            # [(step, logits (PROBE,))]
+    seen = progress.kept.setdefault("seen", [])            # [(step, logits (PROBE,), follows)]
 
     def after():
         k = progress.step
-        if k % max(args.steps // 20, 1) == 0 or k == args.steps:
-            with torch.no_grad():
-                seen.append((k, nets["rater"].logits(nets["rater"].features(*probe)).cpu()))
+        if k % max(args.steps // 10, 1) == 0 or k == args.steps:
+            follows, logits = follow(nets, *probe, args)
+            seen.append((k, logits, follows))
         if k % 100 == 0 or k == args.steps:
             val_loss, _, gap, gap_std, *health, _ = np.mean(progress.log[-100:], axis=0)
             proxy_stage.print0(
                 f"meta {k:5d}/{args.steps}   val {val_loss:.4f}   difference {gap:+.4f} "
                 f"+- {gap_std:.4f}   ESS {health[0]:.2f}   W_batch {health[1]:.3f}   "
-                f"logit std {health[2]:.2f}" + warn_of_collapse(*health))
+                f"logit std {health[2]:.2f}   follows {seen[-1][2]:.2f}"
+                + warn_of_collapse(*health))
 
     batches = [proxy_stage.stream(split, proxy_stage.draw_batches(
         len(split), args.batch_size, args.seed, progress.step, args.steps))
@@ -218,6 +236,16 @@ def warn_of_collapse(ess, W_batch, logit_std):
                  logit_std < 0.01}
     found = "; ".join(sign for sign, seen in signs.items() if seen)
     return f"   COLLAPSE: {found}" if found else ""
+
+
+def judge_following(follows):
+    """The verdict on `follow` over the run: does the rater learn, and is it still learning?"""
+    half = follows[(len(follows) - 1) // 2]
+    trend = ("rising from {:.2f} half-way: more --steps would help" if follows[-1] > half + 0.03
+             else "{:.2f} half-way already: more --steps would not help").format(half)
+    verdict = proxy_stage.say("the rater is {}following its signal", follows[-1], 0, 0.3,
+                              "more warm-up or more trusted pairs would help")
+    return f"{verdict}; {trend}"
 
 
 # ---- the stage -------------------------------------------------------------------------------
@@ -266,7 +294,9 @@ def main(args, device):
     proxy_stage.save(f"{file}.pt", "02_meta_rater.py", settings=vars(args), proxy=vars(settings),
                      weights={name: net.state_dict() for name, net in nets.items()})
     proxy_stage.write_csv(f"{file}.csv", COLUMNS, rows)
-    draw_figure(f"{file}.png", rows, progress.kept["seen"], np.array(probe.strata))
+    seen = progress.kept["seen"]
+    proxy_stage.print0(judge_following([follows for *_, follows in seen]))
+    draw_figure(f"{file}.png", rows, seen, np.array(probe.strata))
     progress.finish()
     proxy_stage.print0(f"wrote {file}.pt, .csv, .png: {args.steps} meta steps in "
                        f"{progress.seconds:.0f} s")
@@ -275,7 +305,8 @@ def main(args, device):
 def draw_figure(path, rows, seen, strata):
     """Logits by stratum over the run (analysis only), and the health of the weights."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
-    steps, logits = [k for k, _ in seen], torch.stack([values for _, values in seen]).numpy()
+    steps, logits, follows = zip(*seen)
+    logits = torch.stack(logits).numpy()
     logits = logits - logits.mean(1, keepdims=True)                           # (times, PROBE)
     for stratum, style in zip(sorted(set(strata)), itertools.cycle(["-.", ":", "-", "--"])):
         chosen = logits[:, strata == stratum]
@@ -290,6 +321,7 @@ def draw_figure(path, rows, seen, strata):
     for column, style in (("ess", "-"), ("W_batch", "--"), ("logit_std", ":")):
         smooth = np.convolve(table[:, COLUMNS.index(column)], np.ones(window) / window, "valid")
         right.plot(table[window - 1:, 0], smooth, style, color="black", label=column)
+    right.plot(steps, follows, "o-", color="#0072B2", markersize=3, label="follows its signal")
     right.set(xlabel="meta step", ylim=(0, None))
     proxy_stage.legend_above(right)
     proxy_stage.save_figure(figure, path)

@@ -11,10 +11,13 @@ released code's ratings are softmaxes over the scoring batch: they depend on bat
 order, and grow in a short last batch.) Ratings are written chunk by chunk: memory does not grow
 with the corpus, and an interrupted run continues.
 
-A rating costs one pass of the small rater. --baselines adds rankings that need no rater: `loss`,
-L(theta_hat; x_i) after stage 2, and `difference`, L(theta; x_i) - L(theta_hat; x_i), both the mean
-of 8 draws of t and eps, so eight and sixteen passes of a proxy; and three of the paper's
-heuristics, which look at the picture alone: `clarity`, `frequency`, `edges`.
+A rating costs one pass of the small rater. --baselines adds rankings that need no rater. Three are
+the mean of 8 draws of t and eps: `loss`, L(theta_hat; x_i) after stage 2; `difference`,
+L(theta; x_i) - L(theta_hat; x_i); and `gain`, what its caption is worth to the proxy,
+L(theta_hat; x_i without caption) - L(theta_hat; x_i). `contrast` is what practitioners use, in
+small: the cosine of picture and caption under a contrastive network, here trained on the trusted
+pairs of stage 2. Three of the paper's heuristics look at the picture alone: `clarity`,
+`frequency`, `edges`.
 
 Reads    out/proxy.pt, out/rater.pt                       (--signal loss: out/rater-loss.pt)
 Writes   out/ratings.csv, out/ratings.png (histogram), out/ratings-bands.png (pictures by
@@ -26,14 +29,17 @@ Run      python 03_score.py                      half a minute on two cores, mos
 import csv
 import importlib
 import itertools
+import math
 import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
+from torchvision.transforms import functional as image_ops
 
 proxy_stage = importlib.import_module("01_proxy")
 rater_stage = importlib.import_module("02_meta_rater")
@@ -44,7 +50,10 @@ DRAWS = 8                  # of t and eps behind the two baselines
 BANDS = 10                 # percentile bands in the figures
 SHOWN = 1_000_000          # ratings at most that the report and the figures look at
 NUMBERS = ["instance", "group", "rating"]
-BASELINES = ["loss", "difference", "clarity", "frequency", "edges"]
+BASELINES = ["loss", "difference", "gain", "contrast", "clarity", "frequency", "edges"]
+CONTRAST_STEPS = 500       # of the contrastive network's training
+DIRT_NAMES = {"plain": "plain pictures", "noise": "noisy pictures", "caption": "wrong captions",
+              "collage": "collages"}
 
 
 # ---- the score -------------------------------------------------------------------------------
@@ -61,14 +70,15 @@ def group_rating(rater, f, companions):
 
 
 def baselines(proxy, ref, x, c, rng):
-    """loss (B,) and difference (B,), each the mean of DRAWS draws at the meta step's noise."""
+    """loss, difference and gain (B,), each the mean of DRAWS draws at the meta step's noise."""
     drawn = torch.empty(CHUNK, *x.shape[1:], device=x.device)
-    sums = torch.zeros(len(x), 2, device=x.device)
+    sums = torch.zeros(len(x), 3, device=x.device)
     for _ in range(DRAWS):
-        t = torch.randn(CHUNK, generator=rng, device=x.device) + rater_stage.T_SHIFT
-        noise = t.sigmoid()[:len(x)], drawn.normal_(generator=rng)[:len(x)]   # same for both nets
+        t = torch.randn(CHUNK, generator=rng, device=x.device) + proxy_stage.T_SHIFT
+        noise = t.sigmoid()[:len(x)], drawn.normal_(generator=rng)[:len(x)]   # same for all three
         L_theta, L_hat = (proxy_stage.flow_loss(net, x, c, *noise) for net in (proxy, ref))
-        sums += torch.stack([L_hat, L_theta - L_hat], 1) / DRAWS
+        L_empty = proxy_stage.flow_loss(ref, x, torch.zeros_like(c), *noise)  # no caption
+        sums += torch.stack([L_hat, L_theta - L_hat, L_empty - L_hat], 1) / DRAWS
     return sums.unbind(1)
 
 
@@ -104,7 +114,7 @@ def heuristics(x):
 
 @torch.no_grad()
 def score_chunk(nets, part, companions, chunk, seed, with_baselines=False):
-    """The NUMBERS (B, 3), with BASELINES (B, 8), of the pairs of one chunk."""
+    """The NUMBERS (B, 3), with BASELINES (B, 10), of the pairs of one chunk."""
     x, c = part.batch(np.arange(len(part)))
     f = nets["rater"].features(x, c)                                          # (B, D)
     instance = nets["rater"].logits(f)                                        # (B,)
@@ -112,7 +122,9 @@ def score_chunk(nets, part, companions, chunk, seed, with_baselines=False):
     columns = [instance, group, instance + group.log()]    # log W_i, but for eq. 7's normaliser
     if with_baselines:
         rng = proxy_stage.seeded(x.device, seed, "score", chunk)
-        columns += [*baselines(nets["proxy"], nets["ref"], x, c, rng), *heuristics(x).unbind(1)]
+        cosine = (nets["contrast"].embed_images(x)[1] * nets["contrast"].embed_tokens(c)).sum(1)
+        columns += [*baselines(nets["proxy"], nets["ref"], x, c, rng), cosine,
+                    *heuristics(x).unbind(1)]
     return torch.stack(columns, 1)
 
 
@@ -127,6 +139,17 @@ def draw_companions(rater, group_size, pairs, seed):
     parts = pairs.parts(np.array_split(rows, -(-len(rows) // CHUNK)))
     f = torch.cat([rater.features(*part.batch(np.arange(len(part)))) for _, part in parts])
     return f[torch.arange(count) % len(f)].view(GROUPS, -1, f.shape[1])       # few pairs: again
+
+
+@torch.no_grad()
+def rate(rater, group_size, pairs, trusted, seed):
+    """Ratings (K,) of resident trusted pairs beside the companions of the corpus."""
+    companions = draw_companions(rater, group_size, pairs, seed)
+    found = []
+    for rows in np.array_split(np.arange(len(trusted)), len(trusted) // CHUNK + 1):
+        f = rater.features(*trusted.batch(rows))
+        found.append(rater.logits(f) + group_rating(rater, f, companions).log())
+    return torch.cat(found).cpu().numpy()
 
 
 def score(nets, group_size, pairs, path, seed, progress, with_baselines=False):
@@ -179,6 +202,67 @@ def percentiles(rating):
     return place
 
 
+# ---- a rival: a contrastive network on the same trusted pairs ---------------------------------
+class Contrast(nn.Module):
+    """Image -> features (B, 64) -> unit vector (B, 32); caption -> unit vector; cosine compares."""
+
+    def __init__(self, size, words):
+        super().__init__()
+        self.words = words
+        widths = [3] + [32 * 2 ** k for k in range(int(math.log2(size // 4)) + 1)]
+        convolutions = [layer for a, b in zip(widths[:-1], widths[1:]) for layer in
+                        (nn.Conv2d(a, b, 3, stride=1 if a == 3 else 2, padding=1), nn.GELU())]
+        self.image = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                                   nn.Linear(16 * widths[-1], 64))
+        self.image_head = nn.Sequential(nn.GELU(), nn.Linear(64, 32))
+        self.word = nn.Embedding(proxy_stage.VOCABULARY, 64, padding_idx=0)
+        self.text = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32))
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def embed_images(self, x):
+        """Features (B, 64) and unit vectors (B, 32) of images (B, 3, H, W)."""
+        f = self.image(x)
+        return f, F.normalize(self.image_head(f), dim=1)
+
+    def embed_tokens(self, c):
+        """Unit vectors (B, 32) of captions as tokens (B, T)."""
+        return F.normalize(self.text(self.word(c).sum(1)), dim=1)
+
+    def embed_captions(self, captions):
+        """Unit vectors (B, 32) of a list of captions."""
+        tokens = proxy_stage.tokenize(captions, self.words)
+        return self.embed_tokens(tokens.to(self.scale.device))
+
+
+def degrade(x, rng):
+    """A third of the images as they are, a third noised, a third blurred."""
+    kind = torch.randint(3, (len(x), 1, 1, 1), generator=rng, device=x.device)
+    amount = 0.6 * torch.rand(kind.shape, generator=rng, device=x.device)
+    noised = x + amount * torch.randn(x.shape, generator=rng, device=x.device)
+    blurred = image_ops.gaussian_blur(x, 5, 1.0)
+    return torch.where(kind == 0, x, torch.where(kind == 1, noised, blurred))
+
+
+def train_contrast(pairs, steps, seed, batch_size=128):
+    """Contrastive training; pairs of the batch that share a caption are all right answers."""
+    device, batch_size = pairs.device, min(batch_size, len(pairs))
+    torch.manual_seed(seed)
+    net = Contrast(pairs.images.shape[-1], pairs.tokens.shape[1]).to(device)
+    opt = proxy_stage.adamw(net, 2e-3)
+    for k in range(steps):
+        opt.param_groups[0]["lr"] = 2e-3 * (1 - k / steps)
+        rng = proxy_stage.seeded(device, seed, "contrast", k)
+        x, c = pairs.batch(proxy_stage.batch_rows(len(pairs), batch_size, k, seed))
+        same = (c[:, None] == c[None]).all(2).float()                         # (B, B)
+        cosines = net.embed_images(degrade(x, rng))[1] @ net.embed_tokens(c).T  # (B, B)
+        logits, right = net.scale.exp() * cosines, same / same.sum(1, keepdim=True)
+        loss = F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+    return net.eval().requires_grad_(False)
+
+
 # ---- analysis: what the ratings mean ---------------------------------------------------------
 def auc(high, low):
     """P(a value of `high` > one of `low`), ties counted half."""
@@ -187,16 +271,33 @@ def auc(high, low):
     return below.mean() / 2 / len(low)
 
 
+def areas(strata, column):
+    """{kind of dirt: AUC of the pairs that are no known dirt above it}."""
+    dirt = [name for name in proxy_stage.STRATUM_COLOURS if name != "informative"]
+    good = column[~np.isin(strata, dirt)]
+    return {name: auc(good, column[strata == name]) for name in dirt
+            if name in strata and len(good)}
+
+
 def report(strata, column, name):
-    """One line: how far a column ranks informative pairs above each other stratum (AUC)."""
-    good = column[strata == "informative"]
-    rest = sorted(set(strata) - {"informative"})
-    chaotic = np.char.startswith(strata, "chaotic")
-    if not len(good) or not chaotic.any():
-        return
-    words = [f"{stratum} {auc(good, column[strata == stratum]):.3f}" for stratum in rest]
-    proxy_stage.print0(f"AUC informative over ({name}): all chaotic "
-                       f"{auc(good, column[chaotic]):.3f}, " + ", ".join(words))
+    """One line: how far a column ranks the other pairs above every kind of dirt (AUC)."""
+    words = [f"{stratum} {area:.3f}" for stratum, area in areas(strata, column).items()]
+    if words:
+        proxy_stage.print0(f"AUC over ({name}): " + ", ".join(words))
+
+
+def judge_rating(strata, rating, trusted):
+    """Added: what the rating finds, in words: a line for the trusted pairs (their ratings, (K,))
+    and one for every kind of dirt that is known."""
+    print0, say = proxy_stage.print0, proxy_stage.say
+    print0(say("trusted pairs are {}rated above the corpus", auc(trusted, rating), 0.5, 0.6,
+               "either the rating does not know what was asked for, or the corpus is as good as "
+               "they are: 01_proxy.py --plant tells which"))
+    for stratum, area in areas(strata, rating).items():
+        kind = stratum.rpartition("-")[2]
+        cure = ("the proxy does not read them: see what 01 says, or rank by rating,gain"
+                if kind == "caption" else "more meta steps, or trusted pairs that differ from it")
+        print0(say(f"{DIRT_NAMES[kind]} are {{}}found", area, 0.5, 0.8, cure))
 
 
 def print_bands(strata, percentile):
@@ -228,8 +329,8 @@ def probe_dynamics(proxy, pairs, rows, draws, seed):
 
 
 # ---- figures ---------------------------------------------------------------------------------
-def draw_histogram(path, rating, percentile, strata):
-    """Ratings by stratum, and what stands where in the ranking."""
+def draw_histogram(path, rating, percentile, strata, trusted):
+    """Ratings by stratum, with those of trusted pairs as a line, and what stands where."""
     names = [name for name in proxy_stage.STRATUM_COLOURS if name in set(strata)]
     groups = [(name, strata == name) for name in names] or [("all pairs", strata == strata)]
     colours = [proxy_stage.STRATUM_COLOURS.get(name, "black") for name, _ in groups]
@@ -241,6 +342,8 @@ def draw_histogram(path, rating, percentile, strata):
         axis.hist([values[chosen] for _, chosen in groups], bins=bins, stacked=True, color=colours,
                   label=[name for name, _ in groups], hatch=hatches, edgecolor="white", linewidth=0)
         axis.set(xlabel=label, ylabel="pairs")
+    left.hist(trusted, bins=60, range=left.get_xlim(), histtype="step", color="black",
+              weights=np.full(len(trusted), len(rating) / len(trusted)), label="trusted, scaled")
     proxy_stage.legend_above(left)
     proxy_stage.save_figure(figure, path)
 
@@ -305,11 +408,12 @@ def load_nets(args, settings, device):
 def main(args, device):
     settings, snapshots = proxy_stage.load_proxy(args.out)
     nets, group_size = load_nets(args, settings, device)
+    pairs, val, test = proxy_stage.load_data(settings, device)
     if args.data:
         pairs = proxy_stage.keep_resident(proxy_stage.open_pairs(
             args.data, settings.size, settings.words, args.out), proxy_stage.RESIDENT).to(device)
-    else:
-        pairs = proxy_stage.load_data(settings, device)[0]
+    if args.baselines:                                     # the judge of 05: other seed, other pairs
+        nets["contrast"] = train_contrast(val, 20 if args.smoke else CONTRAST_STEPS, args.seed + 1)
     stem = Path(args.out) / f"ratings{rater_stage.suffix(args.signal)}"
     progress = proxy_stage.Progress(f"{stem}.progress", "03_score.py",
                                     {**vars(args), "pairs": len(pairs)}, args.save_every)
@@ -320,12 +424,14 @@ def main(args, device):
     table = read_table(f"{stem}.csv")
     rating, strata = table["rating"], table["stratum"]
     percentile, rows = percentiles(rating), proxy_stage.find_rows(pairs, table["key"])
+    trusted = rate(nets["rater"], group_size, pairs, test, args.seed)
+    judge_rating(strata, rating, trusted)
     report(strata, rating, "rating")
     for name in BASELINES if args.baselines else []:
         low_is_good = name in ("loss", "difference")
         report(strata, -table[name] if low_is_good else table[name], f"{name}, no rater")
     print_bands(strata, percentile)
-    draw_histogram(f"{stem}.png", rating, percentile, strata)
+    draw_histogram(f"{stem}.png", rating, percentile, strata, trusted)
     draw_bands(f"{stem}-bands.png", pairs, rows, percentile, args.seed)
     draw_dynamics(f"{stem}-dynamics.png", settings, snapshots, pairs, rows, percentile,
                   draws=2 if args.smoke else 16)

@@ -98,6 +98,14 @@ def sort_rows(rating):
     return both & 0xFFFFFFFF
 
 
+def join(ratings):
+    """One rating (N,) from several (N,): minus the mean of a pair's places in their rankings."""
+    places = np.zeros(len(ratings[0]))
+    for rating in ratings:
+        places[sort_rows(rating)] -= np.arange(len(rating)) / len(ratings)
+    return places
+
+
 # ---- files -----------------------------------------------------------------------------------
 def read_ratings(path, rank_by):
     """keys (N,) or None, rating (N,) and strata (N,) or None of a CSV of stage 3, or of a .npy.

@@ -11,9 +11,9 @@ random selections. Measured on clean pairs that no stage trains on:
     score      100 cos between drawn image and its caption, as a CLIP score
     match      share of drawn images whose own caption is the nearest of all distinct captions
 
-Features and cosines come from a small contrastive image-text network that this script trains on
-the validation pairs, on noised and blurred copies too: its distance is not FID and its score not
-OpenAI's CLIP score. --metrics standard uses the public networks of both instead, and --evaluate
+Features and cosines come from stage 3's small contrastive network, trained here on stage 5's own
+trusted pairs, which no rating has seen: its distance is not FID and its score not OpenAI's CLIP
+score. --metrics standard uses the public networks of both instead, and --evaluate
 does so for images that already exist: their code comes after `main` and can be skipped. Full data
 and a random selection are always among the arms.
 
@@ -57,7 +57,6 @@ select_stage = importlib.import_module("04_select")
 
 DECAY = 0.4                # share of the steps in which the learning rate falls to zero
 DRAWN = 512                # images drawn per arm for the distance, the score and the match
-JUDGE_STEPS = 500          # of the network behind these three
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student t, 1-9 d.o.f.
 
 
@@ -146,66 +145,6 @@ def list_arms(args, pairs):
             proxy_stage.print0(f"{arm.name} is left out: {file} has no column {arm.rank_by} (run "
                                "03_score.py, for rankings without a rater with --baselines)")
     return found
-
-
-# ---- the judge: features and cosines ---------------------------------------------------------
-class Judge(nn.Module):
-    """Image -> features (B, 64) -> unit vector (B, 32); caption -> unit vector; cosine compares."""
-
-    def __init__(self, size, words):
-        super().__init__()
-        self.words = words
-        widths = [3] + [32 * 2 ** k for k in range(int(math.log2(size // 4)) + 1)]
-        convolutions = [layer for a, b in zip(widths[:-1], widths[1:]) for layer in
-                        (nn.Conv2d(a, b, 3, stride=1 if a == 3 else 2, padding=1), nn.GELU())]
-        self.image = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-                                   nn.Linear(16 * widths[-1], 64))
-        self.image_head = nn.Sequential(nn.GELU(), nn.Linear(64, 32))
-        self.word = nn.Embedding(proxy_stage.VOCABULARY, 64, padding_idx=0)
-        self.text = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32))
-        self.scale = nn.Parameter(torch.tensor(2.0))
-
-    def embed_images(self, x):
-        """Features (B, 64) and unit vectors (B, 32) of images (B, 3, H, W)."""
-        f = self.image(x)
-        return f, F.normalize(self.image_head(f), dim=1)
-
-    def embed_tokens(self, c):
-        """Unit vectors (B, 32) of captions as tokens (B, T)."""
-        return F.normalize(self.text(self.word(c).sum(1)), dim=1)
-
-    def embed_captions(self, captions):
-        """Unit vectors (B, 32) of a list of captions."""
-        tokens = proxy_stage.tokenize(captions, self.words)
-        return self.embed_tokens(tokens.to(self.scale.device))
-
-
-def degrade(x, rng):
-    """A third of the images as they are, a third noised, a third blurred."""
-    kind = torch.randint(3, (len(x), 1, 1, 1), generator=rng, device=x.device)
-    amount = 0.6 * torch.rand(kind.shape, generator=rng, device=x.device)
-    noised = x + amount * torch.randn(x.shape, generator=rng, device=x.device)
-    blurred = image_ops.gaussian_blur(x, 5, 1.0)
-    return torch.where(kind == 0, x, torch.where(kind == 1, noised, blurred))
-
-
-def train_judge(pairs, steps, seed, batch_size=128):
-    """Contrastive training; pairs of the batch that share a caption are all right answers."""
-    device, batch_size = pairs.device, min(batch_size, len(pairs))
-    judge = Judge(pairs.images.shape[-1], pairs.tokens.shape[1]).to(device)
-    opt = proxy_stage.adamw(judge, 2e-3)
-    for k in range(steps):
-        opt.param_groups[0]["lr"] = 2e-3 * (1 - k / steps)
-        rng = proxy_stage.seeded(device, seed, "judge", k)
-        x, c = pairs.batch(proxy_stage.batch_rows(len(pairs), batch_size, k, seed))
-        same = (c[:, None] == c[None]).all(2).float()                         # (B, B)
-        cosines = judge.embed_images(degrade(x, rng))[1] @ judge.embed_tokens(c).T  # (B, B)
-        logits, right = judge.scale.exp() * cosines, same / same.sum(1, keepdim=True)
-        loss = F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
-    return judge.eval().requires_grad_(False)
 
 
 # ---- metrics ---------------------------------------------------------------------------------
@@ -431,14 +370,13 @@ def main(args, device):
     pairs, val, test = proxy_stage.load_data(settings, device)
     arms, stem = list_arms(args, pairs), name_results(args)
     judge = (StandardJudge(args, device) if args.metrics == "standard"
-             else train_judge(val, 20 if args.smoke else JUDGE_STEPS, args.seed))
+             else score_stage.train_contrast(
+                 test, 20 if args.smoke else score_stage.CONTRAST_STEPS, args.seed))
     (x, _), (other, _) = (split.batch(np.arange(min(DRAWN, len(split)))) for split in (test, val))
     reference = moments(judge.embed_images(x)[0])
-    real = judge_images(judge, x, test.captions[:len(x)], reference)
-    again = judge_images(judge, other, val.captions[:len(other)], reference)
-    floor = (f"real images: score {real['score']:.1f}, match {real['match']:.0f} %, and "
-             f"{len(other)} real images of the validation split are at distance "
-             f"{again['distance']:.3f}")
+    real = judge_images(judge, other, val.captions[:len(other)], reference)
+    floor = (f"{len(other)} real images that the judge has not seen: score {real['score']:.1f}, "
+             f"match {real['match']:.0f} %, distance {real['distance']:.3f}")
     proxy_stage.print0(floor)
     results, samples, progress = run_all(arms, args, settings, pairs, test, judge, reference)
     table = tabulate(results, arms, floor)
@@ -719,7 +657,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 class StandardJudge:
-    """The interface of `Judge`, with the networks of FID and of the CLIP score."""
+    """The interface of stage 3's `Contrast`, with the networks of FID and of the CLIP score."""
 
     def __init__(self, args, device):
         torch.backends.cudnn.allow_tf32 = False            # else features differ between GPUs

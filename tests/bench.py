@@ -261,7 +261,7 @@ def forward_rows(bench):
     rater, net = nets["rater"], nets["proxy"]
     companions = score_stage.draw_companions(rater, 32, bench.pairs, 0)
     x, c = part.batch(np.arange(512))
-    judge = eval_stage.Judge(16, 8).to(bench.device).requires_grad_(False)
+    judge = score_stage.Contrast(16, 8).to(bench.device).requires_grad_(False)
     many = bench.pairs.batch(np.arange(min(4000, len(bench.pairs))))[0]
     reference = eval_stage.moments(judge.embed_images(x)[0])
     eps, t = torch.randn_like(x[:128]), torch.rand(256, device=bench.device)

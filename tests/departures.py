@@ -113,7 +113,7 @@ def departures(steps):
         FREE_LOSS: ("--signal loss --tau 0", []),
         "signal standardised, not ranked": ("", [(rater_stage, "rank_normal", standardise)]),
         "signal neither ranked nor centred": ("", [(rater_stage, "rank_normal", scale)]),
-        "t not shifted": ("", [(rater_stage, "T_SHIFT", 0.0)]),
+        "t not shifted": ("", [(proxy_stage, "T_SHIFT", 0.0)]),
         SIGMOID: ("--tau 0", [(rater_stage, "weigh", soften)]), SOFTMAX: ("--tau 0", [twice]),
         DIVIDED: ("", [(proxy_stage, "flow_loss", reweigh(lambda k: (1 / PER_GPU, 1.0)))]),
         SCHEDULE: ("", [(proxy_stage, "flow_loss", reweigh(lambda k: (1 - ul(k), ul(k))))]),
@@ -303,7 +303,7 @@ def compare_signals(bench, seed, pairs, weights, beta=0.01):
     rng = proxy_stage.seeded("cpu", seed, "departures")
     train, held = ([*part.batch(np.arange(count)), *proxy_stage.draw_noise(
         part.batch(np.arange(count))[0], rng, shift)] for part, shift in (
-        (pairs, rater_stage.T_SHIFT), (val, 0.0)))
+        (pairs, proxy_stage.T_SHIFT), (val, 0.0)))
     exact = rater_stage.exact_meta_gradient(ref, train, held, torch.full((count,), 1 / count),
                                             beta, steps=1)                    # (count,)
     L_hat = proxy_stage.flow_loss(ref, *train)                                # (count,)
@@ -379,7 +379,7 @@ def gradient_shares(bench, seed, B, draws=4):
         for part in (pairs, val):
             x, c = part.batch(np.random.default_rng([seed, k]).integers(len(part), size=B))
             L = proxy_stage.flow_loss(nets["proxy"], x, c, *proxy_stage.draw_noise(
-                x, rng, rater_stage.T_SHIFT if part is pairs else 0.0))       # (B,)
+                x, rng, proxy_stage.T_SHIFT if part is pairs else 0.0))       # (B,)
             W_inst, W_batch = rater_stage.weigh(nets["rater"], x, c, B)
             loss = (W_inst * W_batch).detach()[0] @ L if part is pairs else L.mean()
             grads = torch.autograd.grad(loss, list(nets["proxy"].parameters()))

@@ -209,7 +209,7 @@ def with_own_noise(ref, flow_loss=proxy_stage.flow_loss):
 
     def loss(net, x, c, t, eps):
         if net is ref:
-            t, eps = proxy_stage.draw_noise(x, rng, rater_stage.T_SHIFT)      # the departure
+            t, eps = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)      # the departure
         return flow_loss(net, x, c, t, eps)
     return loss
 
@@ -246,7 +246,8 @@ class Lab:
         """Of seed 0: the judge, the moments of real images, the evaluation pairs."""
         args = train_stage.parse_args(self.smoke)
         _, val, test = self.data(corpus, 0)
-        judge = train_stage.train_judge(val, 20 if args.smoke else train_stage.JUDGE_STEPS, 0)
+        judge = score_stage.train_contrast(
+            test, 20 if args.smoke else score_stage.CONTRAST_STEPS, 0)
         x, _ = test.batch(np.arange(min(train_stage.DRAWN, len(test))))
         reference = train_stage.moments(judge.embed_images(x)[0])
         real = train_stage.judge_images(judge, x, test.captions[:len(x)], reference)

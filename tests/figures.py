@@ -73,8 +73,8 @@ def measure(nets, pairs, own_noise, draws, seed=0):
     x, c = pairs.batch(np.arange(len(pairs)))
     rng, sums = proxy_stage.seeded(x.device, seed, "figure", own_noise), 0
     for _ in range(draws):
-        noise = proxy_stage.draw_noise(x, rng, rater_stage.T_SHIFT)
-        other = proxy_stage.draw_noise(x, rng, rater_stage.T_SHIFT) if own_noise else noise
+        noise = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)
+        other = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT) if own_noise else noise
         L_theta = proxy_stage.flow_loss(nets["proxy"], x, c, *other)
         L_hat = proxy_stage.flow_loss(nets["ref"], x, c, *noise)
         sums = sums + torch.stack([L_hat, L_theta - L_hat]) / draws

@@ -98,7 +98,7 @@ def draw_pairs(seed, smoke, n=64):
                               for split in (pairs, val))
     rng = proxy_stage.seeded("cpu", seed, "exact")
     noises = [proxy_stage.draw_noise(x, rng, shift) for shift in
-              (rater_stage.T_SHIFT, 0.0, rater_stage.T_SHIFT)]
+              (proxy_stage.T_SHIFT, 0.0, rater_stage.T_SHIFT)]
     return proxy, (x, c, *noises[0]), (x_val, c_val, *noises[1]), (x, c, *noises[2])
 
 
@@ -148,7 +148,7 @@ def part_by_adamw(nets, pairs, val, seed, args, after):
         len(split), args.batch_size, seed, 0, max(APART))) for split in (pairs, val))
     for k, ((_, x, c), (_, x_val, c_val)) in enumerate(zip(*batches), 1):
         rng = proxy_stage.seeded("cpu", seed, "part", k)
-        train = x, c, *proxy_stage.draw_noise(x, rng, rater_stage.T_SHIFT)
+        train = x, c, *proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)
         trusted = x_val, c_val, *proxy_stage.draw_noise(x_val, rng)
         for name, parts in (("proxy", (trusted, train)), ("ref", (train,)), ("alone", (trusted,))):
             loss = sum(proxy_stage.flow_loss(nets[name], *part).mean() for part in parts)
@@ -388,7 +388,8 @@ def measure_selections(seed, args):
     """Per selection: the four numbers of describe_rows, held-out loss and match of one model."""
     settings, (pairs, val, test), _ = warm_up(seed, args.smoke)
     flags = eval_stage.parse_args(["--smoke"] * args.smoke)
-    judge = eval_stage.train_judge(val, 20 if flags.smoke else eval_stage.JUDGE_STEPS, seed)
+    judge = score_stage.train_contrast(
+        test, 20 if flags.smoke else score_stage.CONTRAST_STEPS, seed)
     reference = eval_stage.moments(judge.embed_images(test.batch(np.arange(
         min(eval_stage.DRAWN, len(test))))[0])[0])
     found, file = [], Path(args.out) / "selection.npy"

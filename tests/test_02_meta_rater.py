@@ -174,7 +174,7 @@ def test_meta_step_compares_both_proxies_under_one_noise(stage):
     for steps in (30, 20):                                 # theta_hat: the same net, and another
         nets = {"proxy": make_proxy(stage), "ref": make_proxy(stage, steps),
                 "rater": stage(2).Rater(SIZE, PATCH, WORDS, width=16, depth=1)}
-        noise = stage(1).draw_noise(x, stage(1).seeded("cpu", 1), stage(2).T_SHIFT)
+        noise = stage(1).draw_noise(x, stage(1).seeded("cpu", 1), stage(1).T_SHIFT)
         with torch.no_grad():
             L_theta, L_hat = (stage(1).flow_loss(nets[name], x, c, *noise)
                               for name in ("proxy", "ref"))

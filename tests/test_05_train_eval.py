@@ -23,7 +23,7 @@ def test_frechet_distance_closed_forms(stage):
 
 def test_judge_learns_clean_pairs_and_sees_wrong_captions_and_noise(stage):
     val, test = (stage(1).draw_toy(600, 16, 5, split) for split in ("val", "test"))
-    judge = stage(5).train_judge(val, 200, seed=0)
+    judge = stage(3).train_contrast(val, 200, seed=0)
     x, captions = test.batch(range(256))[0], test.captions[:256]
     reference = stage(5).moments(judge.embed_images(x)[0])
     real = stage(5).judge_images(judge, x, captions, reference)
