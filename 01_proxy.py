@@ -115,7 +115,7 @@ class DiT(nn.Module):
         super().__init__()
         if size % patch or width % 4:
             raise SystemExit(f"--size {size} must divide by --patch {patch}, --width {width} by 4")
-        self.patch, self.words = patch, words
+        self.patch, self.words, self.pooled = patch, words, 2 * width
         heads = max(4, width // 64)
         self.to_patch = nn.Linear(3 * patch ** 2, width)
         self.from_patch = nn.Linear(width, 3 * patch ** 2)
@@ -136,6 +136,11 @@ class DiT(nn.Module):
         for block in self.blocks:
             h = block(h, cond)                                                # (B, T + P, D)
         return self.norm(h)
+
+    def pool(self, x, t, c):
+        """Means (B, 2 D) of the words' and of the patches' last states: the rater's eyes."""
+        h = self.encode(x, t, c)
+        return torch.cat([h[:, :self.words].mean(1), h[:, self.words:].mean(1)], 1)
 
     def forward(self, x, t, c):
         h = self.from_patch(self.encode(x, t, c)[:, self.words:])             # (B, P, 3 p p)
@@ -217,7 +222,8 @@ def descend(loss, net, opt, clip=2.0):
 
 def adamw(net, lr):
     """The optimiser of all three networks; betas as in the released code."""
-    return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None,

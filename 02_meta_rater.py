@@ -37,6 +37,7 @@ Writes   out/rater.pt, .csv, .png      (--signal loss: out/rater-loss.pt, .csv, 
 Run      python 02_meta_rater.py                        under a minute on two cores
          torchrun --nproc-per-node 2 -- 02_meta_rater.py --signal loss
 """
+import copy
 import importlib
 import itertools
 from pathlib import Path
@@ -55,26 +56,26 @@ PROBE = 512                # training pairs whose logits the figure follows
 
 # ---- the rater -------------------------------------------------------------------------------
 class Rater(nn.Module):
-    """mu: clean image and caption -> features -> Instance MLP (logit) and Group MLP (W_batch).
+    """mu: image and caption -> features -> Instance MLP (logit) and Group MLP (W_batch).
 
-    The paper's Fig. 2a with a small transformer encoder in place of STAR-40M's backbone.
+    The paper's Fig. 2a. Its backbone is the warm proxy itself, frozen: only the two heads and a
+    norm are trained. (The paper's is a STAR-40M.) What a pair shows and what its caption adds:
+
+        f = [h, h - h without the caption],   h = pooled states of theta_hat at t = 0.5, no noise
     """
 
-    def __init__(self, size, patch, words, width=64, depth=2):
+    def __init__(self, proxy):
         super().__init__()
-        self.patch = patch
-        self.to_patch = nn.Linear(3 * patch ** 2, width)
-        self.word = nn.Embedding(proxy_stage.VOCABULARY, width)
-        self.position = nn.Parameter(0.2 * torch.randn(1, words + (size // patch) ** 2, width))
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, activation="gelu",
-                                           batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.proxy, width = copy.deepcopy(proxy).requires_grad_(False), 2 * proxy.pooled
+        self.norm = nn.LayerNorm(width)
         self.instance = nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, 1))
         self.group = nn.Sequential(nn.Linear(2 * width, 64), nn.GELU(), nn.Linear(64, 1))
 
     def features(self, x, c):                              # (B, 3, H, W), (B, T)
-        patches = self.to_patch(proxy_stage.patchify(x, self.patch))          # (B, P, D)
-        return self.encoder(torch.cat([self.word(c), patches], 1) + self.position).mean(1)  # (B, D)
+        t = x.new_full((len(x),), 0.5)
+        with torch.no_grad():
+            h, h_empty = (self.proxy.pool(0.5 * x, t, words) for words in (c, torch.zeros_like(c)))
+        return self.norm(torch.cat([h, h - h_empty], 1))                      # (B, 4 D)
 
     def logits(self, f):
         """Instance rating of features (..., D) -> (...): eq. 7's W_i before its softmax."""
@@ -133,6 +134,7 @@ def meta_step(nets, opts, train, val, rng, args):
     W_inst, W_batch = weigh(nets["rater"], x, c, args.group_size)             # (B / G, G or 1)
     t, eps = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)              # one noise for both
     t_val, eps_val = proxy_stage.draw_noise(x_val, rng)
+    c, c_val = (proxy_stage.drop_captions(words, rng) for words in (c, c_val))          # added
     L_theta, L_val = proxy_stage.flow_loss(                                   # (B,), (B,)
         nets["proxy"], torch.cat([x, x_val]), torch.cat([c, c_val]), torch.cat([t, t_val]),
         torch.cat([eps, eps_val])).split(len(x))
@@ -283,7 +285,7 @@ def main(args, device):
     nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
     for net in nets.values():
         net.load_state_dict(snapshots[settings.steps])     # theta <- theta_hat, after eq. 4
-    nets["rater"] = Rater(settings.size, settings.patch, settings.words).to(device)
+    nets["rater"] = Rater(nets["ref"]).to(device)
 
     (_, probe), = pairs.parts([np.arange(min(PROBE, len(pairs)))])
     file = Path(args.out) / f"rater{suffix(args.signal)}"

@@ -399,7 +399,7 @@ def load_nets(args, settings, device):
         raise SystemExit(f"{file} grew from another {args.out}/proxy.pt: run 02_meta_rater.py "
                          f"--signal {args.signal} again")
     nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
-    nets["rater"] = rater_stage.Rater(settings.size, settings.patch, settings.words).to(device)
+    nets["rater"] = rater_stage.Rater(nets["ref"]).to(device)
     for name, net in nets.items():
         net.load_state_dict(saved["weights"][name])
     return nets, saved["settings"]["group_size"]

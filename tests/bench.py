@@ -169,7 +169,7 @@ def set_up(device):
     torch.manual_seed(0)
     pairs, val = (proxy_stage.draw_toy(4000, 16, 0, split).to(device) for split in ("train", "val"))
     nets = {name: new_proxy(device) for name in ("proxy", "ref")}
-    nets["rater"] = rater_stage.Rater(16, 4, 8).to(device)
+    nets["rater"] = rater_stage.Rater(nets["ref"]).to(device)
     batches = [split.batch(np.arange(64)) for split in (pairs, val)]
     rng = proxy_stage.seeded(device, 0, "bench")
     noises = [proxy_stage.draw_noise(x, rng) for x, _ in batches]

@@ -149,11 +149,11 @@ class Bench:
         nets = {key: proxy_stage.build_proxy(settings, "cpu") for key in ("proxy", "ref")}
         for net in nets.values():
             net.load_state_dict(weights)
-        nets["rater"] = rater_stage.Rater(settings.size, settings.patch, settings.words)
+        nets["rater"] = rater_stage.Rater(nets["ref"])
         args = rater_stage.parse_args(["--seed", str(seed), *self.flags, *flags])
         nets_at = proxy_stage.Progress()
         rater_stage.learn(nets, pairs, val, args, pairs.batch(np.arange(len(pairs))), nets_at)
-        seen = {k: logits.numpy() for k, logits in nets_at.kept["seen"]}
+        seen = {k: logits.numpy() for k, logits, _ in nets_at.kept["seen"]}
         return nets, np.array(nets_at.log), seen
 
     @functools.cache

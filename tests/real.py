@@ -81,36 +81,47 @@ def areas(values, strata):
 
 
 # ---- raters ----------------------------------------------------------------------------------
-class Eyes(nn.Module):
-    """Features from a copy of the warm proxy: means of the caption's and of the patches' last
-    states at t = 0.5 without noise, and how they change when the caption is taken away."""
+class Eyes(rater_stage.Rater):
+    """Stage 2's rater with less: no look without the caption, or a backbone that is trained."""
 
-    def __init__(self, proxy, frozen, empty):
+    def __init__(self, proxy, frozen):
+        super().__init__(proxy)
+        self.proxy.requires_grad_(not frozen)
+        self.norm = nn.LayerNorm(proxy.pooled)
+        self.instance[0], self.group[0] = (nn.Linear(k * proxy.pooled, 64) for k in (1, 2))
+
+    def features(self, x, c):
+        return self.norm(self.proxy.pool(0.5 * x, x.new_full((len(x),), 0.5), c))
+
+
+class Encoder(nn.Module):
+    """The rater of earlier versions: a transformer encoder that learns to see from nothing."""
+
+    def __init__(self, size, patch, words, width=64, depth=2):
         super().__init__()
-        self.proxy, self.empty = copy.deepcopy(proxy).requires_grad_(not frozen), empty
-        width = proxy.position.shape[-1] * (4 if empty else 2)
-        self.norm = nn.LayerNorm(width)
+        self.patch = patch
+        self.to_patch = nn.Linear(3 * patch ** 2, width)
+        self.word = nn.Embedding(proxy_stage.VOCABULARY, width)
+        self.position = nn.Parameter(0.2 * torch.randn(1, words + (size // patch) ** 2, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, activation="gelu",
+                                           batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.instance = nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, 1))
         self.group = nn.Sequential(nn.Linear(2 * width, 64), nn.GELU(), nn.Linear(64, 1))
 
-    def look(self, x, c):
-        h = self.proxy.encode(0.5 * x, x.new_full((len(x),), 0.5), c)         # (B, T + P, D)
-        words = self.proxy.words
-        return torch.cat([h[:, :words].mean(1), h[:, words:].mean(1)], 1)     # (B, 2 D)
-
     def features(self, x, c):
-        f = self.look(x, c)
-        return self.norm(torch.cat([f, f - self.look(x, 0 * c)], 1) if self.empty else f)
+        patches = self.to_patch(proxy_stage.patchify(x, self.patch))          # (B, P, D)
+        return self.encoder(torch.cat([self.word(c), patches], 1) + self.position).mean(1)
 
     logits, group_weight = rater_stage.Rater.logits, rater_stage.Rater.group_weight
 
 
 def build_raters(settings, proxy):
     torch.manual_seed(settings.seed)
-    return {"own encoder": rater_stage.Rater(settings.size, settings.patch, settings.words),
-            "theta_hat frozen": Eyes(proxy, True, False),
-            "frozen, and without the caption": Eyes(proxy, True, True),
-            "theta_hat fine-tuned": Eyes(proxy, False, False)}
+    return {"own encoder": Encoder(settings.size, settings.patch, settings.words),
+            "theta_hat frozen": Eyes(proxy, True),
+            "frozen, and without the caption": rater_stage.Rater(proxy),
+            "theta_hat fine-tuned": Eyes(proxy, False)}
 
 
 def rate(rater, pairs):
@@ -119,16 +130,12 @@ def rate(rater, pairs):
                           np.array_split(np.arange(len(pairs)), len(pairs) // 512 + 1)]).numpy()
 
 
-def drop_tenth(c, rng):
-    return proxy_stage.drop_captions(c, rng)
-
-
 # ---- one meta step, taken apart ---------------------------------------------------------------
 def proxy_losses(nets, train, val, rng, W, dropped, training_term):
     """Steps of both proxies (eq. 5 or a variant), and the difference (B,) before them."""
     (x, c), (x_val, c_val) = train, val
     if dropped:
-        c, c_val = drop_tenth(c, rng), drop_tenth(c_val, rng)
+        c, c_val = (proxy_stage.drop_captions(words, rng) for words in (c, c_val))
     t, eps = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)
     L_val = proxy_stage.flow_loss(nets["proxy"], x_val, c_val,
                                   *proxy_stage.draw_noise(x_val, rng)).mean()
@@ -161,8 +168,7 @@ def walk(settings, splits, proxy, steps, dropped, training_term, raters=(), afte
     """Both proxies over `steps` meta steps; every rater learns from one signal. Returns them."""
     nets = {"proxy": copy.deepcopy(proxy), "ref": copy.deepcopy(proxy)}
     opts = {name: proxy_stage.adamw(net, 1e-3) for name, net in nets.items()}
-    rater_opts = {name: torch.optim.AdamW([p for p in r.parameters() if p.requires_grad], lr=1e-3,
-                                          betas=(0.9, 0.95)) for name, r in dict(raters).items()}
+    rater_opts = {name: proxy_stage.adamw(rater, 1e-3) for name, rater in dict(raters).items()}
     spent = dict.fromkeys(dict(raters), 0.0)
     batches = [proxy_stage.stream(split, proxy_stage.draw_batches(len(split), 64, settings.seed, 0,
                                                                  steps)) for split in splits[:2]]

@@ -30,7 +30,7 @@ def make_proxy(stage, steps=30):
 
 def test_eq7_weights(stage):
     torch.manual_seed(0)
-    rater = stage(2).Rater(SIZE, PATCH, WORDS, width=16, depth=1)
+    rater = stage(2).Rater(make_proxy(stage))
     x, c, _, _ = make_batch(8, 1)
     W_inst, W_batch = stage(2).weigh(rater, x, c, GROUP)
     assert W_inst.shape == (2, GROUP) and W_batch.shape == (2, 1)
@@ -45,9 +45,10 @@ def test_eq7_weights(stage):
 def test_eq6_gradient_equals_a_sum_over_single_pairs(stage):
     """Without the additions the gradient is the mean over groups of sum_i gap_i grad W_i."""
     torch.manual_seed(0)
-    rater = stage(2).Rater(SIZE, PATCH, WORDS, width=16, depth=1).double()
+    rater = stage(2).Rater(make_proxy(stage)).double()
     x, c, _, _ = make_batch(8, 1)
-    gap, params = torch.randn(2, GROUP).double(), list(rater.parameters())
+    gap = torch.randn(2, GROUP).double()
+    params = [p for p in rater.parameters() if p.requires_grad]
 
     W_inst, W_batch = stage(2).weigh(rater, x.double(), c, GROUP)
     total = (gap * W_inst.detach()).sum(1, keepdim=True)
@@ -151,7 +152,7 @@ def test_meta_step_moves_each_net_by_its_own_equation(stage):
         args = stage(2).parse_args(["--signal", signal, "--group-size", "4"])
         torch.manual_seed(0)
         nets = {"proxy": make_proxy(stage), "ref": make_proxy(stage),
-                "rater": stage(2).Rater(SIZE, PATCH, WORDS, width=16, depth=1)}
+                "rater": stage(2).Rater(make_proxy(stage))}
         opts = {name: torch.optim.SGD(net.parameters(), 0.1) for name, net in nets.items()}
         before = {name: [p.clone() for p in net.parameters()] for name, net in nets.items()}
         for k in range(2):                                     # at first theta = theta_hat
@@ -173,10 +174,12 @@ def test_meta_step_compares_both_proxies_under_one_noise(stage):
     (x, c), val = make_batch(8, 10)[:2], make_batch(8, 20)[:2]
     for steps in (30, 20):                                 # theta_hat: the same net, and another
         nets = {"proxy": make_proxy(stage), "ref": make_proxy(stage, steps),
-                "rater": stage(2).Rater(SIZE, PATCH, WORDS, width=16, depth=1)}
-        noise = stage(1).draw_noise(x, stage(1).seeded("cpu", 1), stage(1).T_SHIFT)
+                "rater": stage(2).Rater(make_proxy(stage))}
+        rng = stage(1).seeded("cpu", 1)
+        noise, _ = stage(1).draw_noise(x, rng, stage(1).T_SHIFT), stage(1).draw_noise(val[0], rng)
         with torch.no_grad():
-            L_theta, L_hat = (stage(1).flow_loss(nets[name], x, c, *noise)
+            seen = stage(1).drop_captions(c, rng)
+            L_theta, L_hat = (stage(1).flow_loss(nets[name], x, seen, *noise)
                               for name in ("proxy", "ref"))
         opts = {name: torch.optim.SGD(net.parameters(), 0.1) for name, net in nets.items()}
         numbers = stage(2).meta_step(nets, opts, (x, c), val, stage(1).seeded("cpu", 1), args)

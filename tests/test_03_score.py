@@ -12,7 +12,7 @@ def rated(stage):
     nets = {name: stage(1).DiT(16, 4, 16, 1, 8) for name in ("proxy", "ref")}
     for net in nets.values():
         torch.nn.init.normal_(net.from_patch.weight, std=0.1)
-    return nets | {"rater": stage(2).Rater(16, 4, 8, width=16, depth=1)}, pairs
+    return nets | {"rater": stage(2).Rater(nets["ref"]), "contrast": stage(3).Contrast(16, 8)}, pairs
 
 
 def rate(stage, nets, pairs, path, stop_after=None):

@@ -112,7 +112,8 @@ def test_every_training_pair_reaches_the_rater(stage, monkeypatch, tmp_path):
             shown[k] += [image.sum().item() for image in x]
         return torch.zeros(8)
     monkeypatch.setattr(stage(2), "meta_step", meta_step)
-    nets = {"rater": stage(2).Rater(16, 4, 8, 16, 1)}
+    nets = {name: stage(1).DiT(16, 4, 16, 1, 8) for name in ("proxy", "ref")}
+    nets["rater"] = stage(2).Rater(nets["ref"])
     stage(2).learn(nets, pairs, val, args, pairs.batch(range(8)), stage(1).Progress())
     stage(1).Progress.running = False
     assert len(set(shown[0])) == 256 and len(set(shown[1])) == 64
