@@ -12,16 +12,17 @@ def rated(stage):
     nets = {name: stage(1).DiT(16, 4, 16, 1, 8) for name in ("proxy", "ref")}
     for net in nets.values():
         torch.nn.init.normal_(net.from_patch.weight, std=0.1)
+        torch.nn.init.normal_(net.blocks[0].modulation[1].weight, std=0.1)  # captions matter
     return nets | {"rater": stage(2).Rater(nets["ref"]), "contrast": stage(3).Contrast(16, 8)}, pairs
 
 
 def rate(stage, nets, pairs, path, stop_after=None):
-    """Numbers (N, 8) as stage 3 writes them; ends early where a chunk count is given."""
+    """Numbers (N, 10) as stage 3 writes them; ends early where a chunk count is given."""
     progress = stage(1).Progress(f"{path}.progress", "03_score.py", {}, save_every=0)
     if stop_after:
         stage(1).Progress.stop = 15 if stop_after == progress.step + 1 else 0
     stage(3).score(nets, 8, pairs, path, 3, progress, with_baselines=True)
-    return np.loadtxt(path, delimiter=",", skiprows=1, usecols=range(1, 9))
+    return np.loadtxt(path, delimiter=",", skiprows=1, usecols=range(1, 11))
 
 
 def test_scores_ignore_the_order_of_work(stage, rated, tmp_path):
@@ -75,9 +76,13 @@ def test_baselines_are_the_losses_of_the_two_proxies(stage, rated):
     nets, pairs = rated
     x, c = pairs.batch(range(10))
     with torch.no_grad():
-        loss, difference = stage(3).baselines(nets["ref"], nets["ref"], x, c,
+        loss, difference, gain = stage(3).baselines(nets["ref"], nets["ref"], x, c,
+                                                    stage(1).seeded("cpu", 1))
+        without, _, none = stage(3).baselines(nets["ref"], nets["ref"], x, 0 * c,
                                               stage(1).seeded("cpu", 1))
     assert difference.abs().max() == 0 and loss.min() > 0
+    assert none.abs().max() == 0 and gain.abs().max() > 1e-4           # what the caption is worth
+    assert torch.allclose(gain, without - loss, atol=1e-5)
 
 
 def test_percentiles_and_auc(stage):
