@@ -281,10 +281,10 @@ def say(text, value, chance, good, cure):
 STRATA = {"informative": 0.45, "plain": 0.30, "chaotic-noise": 0.15, "chaotic-caption": 0.10}
 PLANTED = {"plain": "planted-plain", "noise": "planted-noise", "captions": "planted-caption"}
 STRATUM_COLOURS = {        # collages: a stratum of photographs, not of the toy
-                   "informative": "#0072B2", "plain": "#E69F00", "chaotic-noise": "#555555",
-                   "chaotic-caption": "#CC79A7", "chaotic-collage": "#009E73",
-                   "planted-plain": "#E69F00", "planted-noise": "#555555",
-                   "planted-caption": "#CC79A7"}
+                   "informative": "#0072B2", "plain": "#E69F00", "planted-plain": "#E69F00",
+                   "chaotic-noise": "#555555", "planted-noise": "#555555",
+                   "chaotic-caption": "#CC79A7", "planted-caption": "#CC79A7",
+                   "chaotic-collage": "#009E73"}
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230),
            "yellow": (240, 220, 50), "pink": (240, 110, 200), "cyan": (60, 210, 220)}
 GROUNDS = {"black": (20, 20, 20), "gray": (128, 128, 128), "brown": (110, 65, 30),
@@ -316,8 +316,8 @@ def plant(images, captions, kind, rng, misname):
         plain, noise = kind[rows] == 1, kind[rows] == 2
         images[rows[plain]] = to_pixels(flat[rows[plain]] + 0.04 * grain[plain])
         images[rows[noise]] = to_pixels(0.5 * grain[noise])
-    captions[kind == 1] = PLAIN_CAPTION
     captions[kind == 3] = misname()[kind == 3]
+    captions[kind == 1] = PLAIN_CAPTION
 
 
 def plant_pairs(pairs, planted, seed):
@@ -327,12 +327,12 @@ def plant_pairs(pairs, planted, seed):
     images, captions = pairs.images.numpy().copy(), np.array(pairs.captions, object)
 
     def misname():
-        wrong = captions.copy()
-        for row in np.flatnonzero(kind == 3):
-            others = [text for text in rng.choice(pairs.captions, 100) if text != wrong[row]]
-            if not others:
-                raise SystemExit("--plant captions: nearly all pairs have one caption; leave it out")
-            wrong[row] = str(others[0])
+        wrong = rng.permutation(captions)
+        for _ in range(100):
+            same = (wrong == captions) & (kind == 3)
+            wrong[same] = rng.choice(captions, same.sum())
+        if same.any():
+            raise SystemExit("--plant captions: nearly all pairs have one caption, so leave it out")
         return wrong
 
     plant(images, captions, kind, rng, misname)
@@ -382,8 +382,8 @@ def draw_toy(n, size, seed, split, words=8):
 
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = options(__doc__, data=("toy", f"toy, {', '.join(DATASETS)}, tar shards (* works), or a "
-                                    "folder of images"),
+    parser = options(__doc__, data=("toy", f"toy, {', '.join(DATASETS)}, tar shards (* works), or "
+                                    "a folder of images"),
                      val=(None, "pairs you trust, in the same layouts"),
                      root=(str(Path(torch.hub.get_dir()) / "datasets"), "folder of the data sets"),
                      plant=("", "dirt to plant, such as captions=0.1,noise=0.05,plain=0.05"),
@@ -401,16 +401,12 @@ def parse_args(argv=None):
 
 def read_plant(text):
     """'captions=0.1,noise=0.05' -> {kind of PLANTED: share}."""
-    try:
-        planted = {name: float(share) for name, share in
-                   (part.split("=") for part in text.split(",") if part)}
-        if set(planted) <= set(PLANTED) and all(share > 0 for share in planted.values()):
-            if sum(planted.values()) < 1:
-                return planted
-    except ValueError:
-        pass
-    raise SystemExit(f"--plant {text}: name kinds and shares of {', '.join(PLANTED)}, below 1 "
-                     "together, as in --plant captions=0.1,noise=0.05")
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    planted = {name: float(share) for name, _, share in pairs if re.fullmatch(r"0?\.\d+", share)}
+    if len(pairs) != len(planted) or not set(planted) <= set(PLANTED) or sum(planted.values()) >= 1:
+        raise SystemExit(f"--plant {text}: name kinds of {', '.join(PLANTED)} and shares below 1 "
+                         "together, as in --plant captions=0.1,noise=0.05")
+    return planted
 
 
 def load_data(args, device):

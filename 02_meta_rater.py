@@ -28,6 +28,10 @@ Added to the paper, each marked in the code (what happens without it: README, "T
                    W_batch needs both: either alone lets it drift
     shifted t      the signal is drawn at high noise, where captions matter to the loss; no effect
                    on the toy pairs
+    no caption     a tenth of the captions is blanked as in the warm-up. Without it both proxies
+                   forget pictures without a caption, and stage 3 loses its caption gain
+    its eyes       the rater sees through the warm proxy, frozen. A rater that learns to see from
+                   nothing needs more steps than the signal lives on real pictures
 Released code: eq. 9 only, no reference proxy, another softmax on top, validation only at first.
 Differs from the paper: steps by AdamW; the softmax runs over groups of fixed size (the paper's 64
 pairs on 2 GPUs are groups of 32), so the number of processes changes nothing.
@@ -74,7 +78,7 @@ class Rater(nn.Module):
     def features(self, x, c):                              # (B, 3, H, W), (B, T)
         t = x.new_full((len(x),), 0.5)
         with torch.no_grad():
-            h, h_empty = (self.proxy.pool(0.5 * x, t, words) for words in (c, torch.zeros_like(c)))
+            h, h_empty = (self.proxy.pool(0.5 * x, t, words) for words in (c, 0 * c))
         return self.norm(torch.cat([h, h - h_empty], 1))                      # (B, 4 D)
 
     def logits(self, f):

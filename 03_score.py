@@ -77,7 +77,7 @@ def baselines(proxy, ref, x, c, rng):
         t = torch.randn(CHUNK, generator=rng, device=x.device) + proxy_stage.T_SHIFT
         noise = t.sigmoid()[:len(x)], drawn.normal_(generator=rng)[:len(x)]   # same for all three
         L_theta, L_hat = (proxy_stage.flow_loss(net, x, c, *noise) for net in (proxy, ref))
-        L_empty = proxy_stage.flow_loss(ref, x, torch.zeros_like(c), *noise)  # no caption
+        L_empty = proxy_stage.flow_loss(ref, x, 0 * c, *noise)                # no caption
         sums += torch.stack([L_hat, L_theta - L_hat, L_empty - L_hat], 1) / DRAWS
     return sums.unbind(1)
 
@@ -412,7 +412,7 @@ def main(args, device):
     if args.data:
         pairs = proxy_stage.keep_resident(proxy_stage.open_pairs(
             args.data, settings.size, settings.words, args.out), proxy_stage.RESIDENT).to(device)
-    if args.baselines:                                     # the judge of 05: other seed, other pairs
+    if args.baselines:                                     # stage 5's judge has other pairs
         nets["contrast"] = train_contrast(val, 20 if args.smoke else CONTRAST_STEPS, args.seed + 1)
     stem = Path(args.out) / f"ratings{rater_stage.suffix(args.signal)}"
     progress = proxy_stage.Progress(f"{stem}.progress", "03_score.py",
