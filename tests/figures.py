@@ -1,7 +1,9 @@
 """The README's drawings that are no stage's: the pipeline, what eq. 6 measures, retention.
 
     python tests/figures.py --out out        after stages 1 and 2; writes pipeline.png and eq6.png,
-                                             after 05_train_eval.py --arms retention retention.png
+                                             after 05_train_eval.py --arms retention retention.png;
+                                             and real.png, the README's first picture, where --out
+                                             holds stages 1 to 3 of pairs with planted dirt
 """
 import csv
 import sys
@@ -133,6 +135,40 @@ def draw_retention(path, table):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=10,
                   bbox_to_anchor=(0.5, 0.98), frameon=False)
     figure.tight_layout()
+    proxy_stage.save_figure(figure, path)
+
+
+NAMES = {"informative": "right pair", "planted-plain": "plain", "planted-noise": "noise",
+         "planted-caption": "wrong caption"}
+
+
+def draw_real(path, out):
+    """Twelve random pairs from every fifth of the ranking, framed by what was planted in them."""
+    settings, _ = proxy_stage.load_proxy(out)
+    pairs = proxy_stage.load_data(settings, torch.device("cpu"))[0]
+    table = score_stage.read_table(Path(out) / "ratings.csv")
+    place = score_stage.percentiles(table["rating"])
+    rows = proxy_stage.find_rows(pairs, table["key"])
+    figure = plt.figure(figsize=(13, 5.4))
+    for band, part in enumerate(figure.subfigures(1, 5, wspace=0.04)):
+        inside = np.flatnonzero((place // 20).astype(int) == band)
+        chosen = rows[np.random.default_rng(band).choice(inside, 12, replace=False)]
+        part.suptitle(["rated highest", "", "middle", "", "rated lowest"][band]
+                      or f"{20 * band}-{20 * band + 20} %", fontsize=15, y=1.0)
+        axes = part.subplots(4, 3, gridspec_kw={"hspace": 0.55, "wspace": 0.08, "left": 0.02,
+                                                "right": 0.98, "bottom": 0.02, "top": 0.88})
+        for axis, row in zip(axes.flat, chosen):
+            x, _ = pairs.batch([row])
+            axis.imshow((x[0].permute(1, 2, 0).numpy() + 1) / 2)
+            words = pairs.captions[row].split(" ", 4)[-1]
+            axis.set_title(words, fontsize=11, pad=3)
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set(color=proxy_stage.STRATUM_COLOURS[pairs.strata[row]], linewidth=4)
+    marks = [plt.Line2D([], [], color=proxy_stage.STRATUM_COLOURS[stratum], linewidth=5, label=name)
+             for stratum, name in NAMES.items() if stratum in pairs.strata]
+    figure.legend(handles=marks, loc="lower center", ncol=4, fontsize=14, frameon=False,
+                  bbox_to_anchor=(0.5, -0.09))
     proxy_stage.save_figure(figure, path)
 
 

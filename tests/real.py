@@ -3,6 +3,7 @@
     python tests/real.py eyes toy fashion photos errors --seeds 3    raters with and without the
                                                  proxy's eyes on one signal, 4 minutes a corpus and seed
     python tests/real.py steps toy fashion photos errors --seeds 3   what theta and theta_hat train on
+    python tests/real.py curve errors=TRAIN,VAL --seeds 3            how many steps captions take
     python tests/real.py signals errors=TRAIN,VAL --seeds 3          which signal finds which dirt
     python tests/real.py arms planted --seeds 5 --csv FILE           and what training on its half gives
 
@@ -364,7 +365,37 @@ def ask_arms(args):
         f"{key} {cell([floor[key] for floor in floors])}" for key in floors[0])))
 
 
-QUESTIONS = {"eyes": ask_eyes, "steps": ask_steps, "signals": ask_signals, "arms": ask_arms}
+def ask_curve(args):
+    """What it takes to find wrong captions: AUC of the caption gain after more and more warm-up."""
+    points = (20, 40) if args.smoke else (500, 1000, 2000, 4000)
+    for corpus in args.corpora:
+        table = {}
+        for seed in range(args.seeds):
+            for width in (64, 128):
+                name, settings, (pairs, val, _) = open_corpus(corpus, args, seed)
+                settings.width, settings.steps = width, points[-1]
+                torch.manual_seed(seed)
+                proxy = proxy_stage.build_proxy(settings, "cpu")
+                rows = np.random.default_rng(seed).permutation(len(pairs))[:PROBE]
+                probe = pairs.take(np.sort(rows))
+
+                def after(step):
+                    if step in points:
+                        gain = signals({"proxy": proxy, "ref": proxy}, probe, seed)[
+                            "caption gain of theta_hat"]
+                        found = {**areas(gain, np.array(probe.strata)), "captions read":
+                                 proxy_stage.read_captions(proxy, val, seed)}
+                        for what, value in found.items():
+                            table.setdefault((width, what, step), []).append(value)
+                proxy_stage.train(proxy, pairs, points[-1], settings.batch_size, settings.lr, seed,
+                                  after=after)
+        head(f"{name}: width", "AUC of the caption gain over", *(f"{k} steps" for k in points))
+        for width, what in dict.fromkeys(key[:2] for key in table):
+            show(width, what, *(cell(table[width, what, k], 3) for k in points))
+
+
+QUESTIONS = {"eyes": ask_eyes, "steps": ask_steps, "signals": ask_signals, "arms": ask_arms,
+             "curve": ask_curve}
 
 
 def main(argv=None):
