@@ -31,6 +31,7 @@ import importlib
 import itertools
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -41,6 +42,7 @@ import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from torchvision.transforms import functional as image_ops
 
+sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 proxy_stage = importlib.import_module("01_proxy")
 rater_stage = importlib.import_module("02_meta_rater")
 
