@@ -582,7 +582,7 @@ class Pairs:
         rows = to_device(rows, self.device)
         return Pairs(self.images[rows], self.tokens[rows], *columns)
 
-    def parts(self, batches, texts=True):
+    def parts(self, batches, texts=True, shared=False):
         """For every array of rows in `batches`: the rows and their pairs."""
         for rows in batches:
             yield rows, self.take(rows)
@@ -673,11 +673,12 @@ class Shards:
         return (asked[0], Pairs(*map(torch.from_numpy, (images, tokens)), *columns),
                 [pair for pair in found if len(pair) == 2])
 
-    def parts(self, batches, texts=True):
+    def parts(self, batches, texts=True, shared=False):
         """For every array of rows in `batches`: the rows and the readable pairs among them.
 
-        Workers decode ahead, but not for a batch that is the only one; that is also the only case
-        where one process may ask alone. What was skipped by all of them is told at the end.
+        Without `texts` captions, keys and strata may be empty. Workers decode ahead, but not for a
+        batch that is the only one. What was skipped is told at the end, by all processes together
+        where they have `shared` the batches.
         """
         alone, skipped = isinstance(batches, list) and len(batches) == 1, {}
         asked = ((rows, texts) for rows in batches)
@@ -689,7 +690,7 @@ class Shards:
             for reason, key in missing:
                 skipped.setdefault(reason, {})[key] = True
             yield rows, part.to(self.device)
-        print_skipped(skipped if alone else merge(skipped))
+        print_skipped(merge(skipped) if shared else skipped)
 
     def batch(self, rows):
         """x (B, 3, H, W) and c (B, T) of these rows; readable ones repeated where some are not."""
@@ -1046,7 +1047,7 @@ def stream(pairs, batches):
 
     The place of a pair that cannot be read goes to another one of the share.
     """
-    for rows, part in pairs.parts(map(mine, batches), texts=False):
+    for rows, part in pairs.parts(map(mine, batches), texts=False, shared=True):
         yield rows, *fill_up(part, rows, pairs)
 
 

@@ -168,7 +168,7 @@ def score(nets, group_size, pairs, path, seed, progress, with_baselines=False):
         file.truncate()
         writer = csv.writer(file)
         writer.writerows([] if progress.step else [columns])
-        for rows, part in pairs.parts(chunks):
+        for rows, part in pairs.parts(chunks, shared=True):
             lines = []
             if len(part):
                 chunk = progress.step + proxy_stage.rank()

@@ -377,7 +377,7 @@ def main(args, device):
              else score_stage.train_contrast(
                  test, 20 if args.smoke else score_stage.CONTRAST_STEPS, args.seed))
     (x, _), (other, _) = (split.batch(np.arange(min(DRAWN, len(split)))) for split in (test, val))
-    reference = moments(judge.embed_images(x)[0])
+    reference = moments(torch.cat([judge.embed_images(part)[0] for part in x.split(PART)]))
     real = judge_images(judge, other, val.captions[:len(other)], reference)
     floor = (f"{len(other)} real images that the judge has not seen: score {real['score']:.1f}, "
              f"match {real['match']:.0f} %, distance {real['distance']:.3f}")

@@ -370,7 +370,8 @@ def gpu_stages(device, width, batch, size=64, depth=12):
     settings = proxy_stage.parse_args(["--size", str(size), "--width", str(width), "--depth",
                                        str(depth)])
     nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
-    nets["rater"] = rater_stage.Rater(size, settings.patch, settings.words).to(device)
+    nets["rater"] = rater_stage.Rater(nets["ref"]).to(device)
+    nets["contrast"] = score_stage.Contrast(size, settings.words).to(device)
     opts = {name: proxy_stage.adamw(net, 1e-4) for name, net in nets.items()}
     args, rng = rater_stage.parse_args([]), proxy_stage.seeded("cpu", 0, "bench")
     x, c = pairs.batch(range(8))

@@ -32,10 +32,10 @@ def nets(stage):
     def make(device):
         torch.manual_seed(0)
         found = {name: stage(1).DiT(16, 4, 64, 2, 8) for name in ("proxy", "ref")}
-        found["rater"] = stage(2).Rater(16, 4, 8)
         for name in ("proxy", "ref"):
             for p in found[name].parameters():
                 torch.nn.init.normal_(p, std=0.05)
+        found["rater"] = stage(2).Rater(found["ref"])
         return {name: net.to(device) for name, net in found.items()}
     yield make
     stage(1).Machine.bf16 = stage(1).Machine.compiled = False
@@ -87,7 +87,7 @@ def test_the_judge_of_05(stage):
     pairs, found = stage(1).draw_toy(200, 16, 0, "test"), []
     for device in ("cpu", DEVICE):
         torch.manual_seed(0)
-        judge = stage(5).Judge(16, 8).to(device).requires_grad_(False)
+        judge = stage(3).Contrast(16, 8).to(device).requires_grad_(False)
         x = pairs.to(device).batch(range(200))[0]
         reference = stage(5).moments(judge.embed_images(x.flip(0)[:150])[0])
         found.append(stage(5).judge_images(judge, x, pairs.captions, reference))

@@ -32,7 +32,7 @@ def attempt(function, *given):
     try:
         function(*given)
         return "went on"
-    except (SystemExit, RuntimeError) as end:              # RuntimeError: the other process has left
+    except (SystemExit, RuntimeError) as end:              # RuntimeError: the other one left
         return str(end)
 
 def resume(step, results):
@@ -52,7 +52,7 @@ def main(args, device):
     found["indexes"] = len(list(out.glob("index-*")))
     found["same place"], found["other step"], found["other arm"] = (
         resume(*place) for place in ((3, 1), (3 * k, 0), (3, k)))
-    for _ in p.open_pairs(pictures, 16, 8).parts(map(p.mine, np.arange(8).reshape(2, 4))):
+    for _ in p.stream(p.open_pairs(pictures, 16, 8), np.arange(8).reshape(2, 4)):
         pass
     noise = p.draw_noise(torch.zeros(24, 3, 2, 2), p.seeded("cpu", 1))
     found["noise"] = [v.tolist() for v in map(p.gather, noise)]
