@@ -27,6 +27,7 @@ Run      python 01_proxy.py                                   toy pairs, 15 s on
 import argparse
 import contextlib
 import csv
+import ctypes
 import functools
 import glob
 import hashlib
@@ -35,6 +36,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import tarfile
@@ -43,7 +45,7 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,11 +71,17 @@ except ImportError:                                       # Windows: --out is no
 VOCABULARY = 2048          # rows of the word table, a word's row is its CRC-32: any language
 T_SHIFT = 1.2              # added: t = sigmoid(normal + 1.2) where captions matter, mean 0.74
 CAPTION_DROPOUT = 0.1      # share of captions blanked in training, for classifier-free guidance
+NOISE_ROWS = 32            # pairs of a batch whose noise is drawn from one seed
 TOY_PAIRS = {"train": 4000, "val": 1000, "test": 1000}
 SMOKE_PAIRS = {"train": 256, "val": 64, "test": 64}
 HELD_OUT = 20000           # trusted pairs at most, half for eq. 5 and half for stage 5
 DATASETS = ("FashionMNIST", "MNIST", "CIFAR10", "CIFAR100")        # of torchvision
 DATASET_TRUSTED = 1000     # of their training split for eq. 5, of their test split for stage 5
+
+
+class Machine:
+    """How the networks are run, not what they compute: `launch` sets it from the options."""
+    bf16, compiled, micro_batch, fetch_every = False, False, None, 1
 
 
 # ---- the proxy: a small diffusion transformer ------------------------------------------------
@@ -116,7 +124,7 @@ class DiT(nn.Module):
         if size % patch or width % 4:
             raise SystemExit(f"--size {size} must divide by --patch {patch}, --width {width} by 4")
         self.patch, self.words, self.pooled = patch, words, 2 * width
-        heads = max(4, width // 64)
+        heads = next(n for n in range(max(4, width // 64), 0, -1) if width % n == 0)
         self.to_patch = nn.Linear(3 * patch ** 2, width)
         self.from_patch = nn.Linear(width, 3 * patch ** 2)
         self.word = nn.Embedding(VOCABULARY, width)                           # row 0: no word
@@ -168,8 +176,11 @@ def time_features(t, width):
 
 def build_proxy(settings, device):
     """The network that the options of this stage describe, with fresh weights."""
-    return DiT(settings.size, settings.patch, settings.width, settings.depth,
-               settings.words).to(device)
+    net = DiT(settings.size, settings.patch, settings.width, settings.depth,
+              settings.words).to(device)
+    for block in net.blocks if Machine.compiled else []:
+        block.compile()                                    # in place: the names of weights stay
+    return net
 
 
 # ---- rectified flow: the loss L, its noise, the sampler --------------------------------------
@@ -177,23 +188,34 @@ def flow_loss(net, x, c, t, eps):
     """L(net; x_i) for every pair, (B,): squared error of the predicted velocity at time t."""
     along = t[:, None, None, None]
     x_t = (1 - along) * x + along * eps                                       # (B, 3, H, W)
-    return (net(x_t, t, c) - (eps - x)).square().mean((1, 2, 3))              # (B,)
+    return (velocity(net, x_t, t, c) - (eps - x)).square().mean((1, 2, 3))    # (B,)
+
+
+def velocity(net, x_t, t, c):
+    """What `net` predicts, like x_t. This forward pass alone may run in bfloat16."""
+    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=Machine.bf16):
+        return net(x_t, t, c).to(x_t.dtype)
 
 
 def draw_noise(x, rng, shift=0.0):
     """t (B,), logit-normal and moved towards noise by `shift`, and eps like x.
 
-    Drawn for the global batch and cut to this process's rows: world size changes nothing.
+    Every NOISE_ROWS rows of the global batch have a seed of their own, and a process draws those
+    that it holds: world size changes nothing.
     """
-    n = len(x) * world()
-    t = (torch.randn(n, generator=rng, device=x.device) + shift).sigmoid()    # (B,)
-    return mine(t), mine(torch.randn(n, *x.shape[1:], generator=rng, device=x.device))
+    block, offset = divmod(rank() * len(x), NOISE_ROWS)
+    seeds = torch.randint(2 ** 62, (len(x) * world(),), generator=rng, device=rng.device)
+    drawn = torch.cat([torch.randn(NOISE_ROWS, 1 + x[0].numel(), device=x.device,
+                                   generator=torch.Generator(x.device).manual_seed(seed))
+                       for seed in seeds[block:][:-(-(offset + len(x)) // NOISE_ROWS)].tolist()])
+    drawn = drawn[offset:][:len(x)]                                           # (B, 1 + 3 H W)
+    return (drawn[:, 0] + shift).sigmoid(), drawn[:, 1:].reshape(x.shape)
 
 
 def drop_captions(c, rng):
     """Blank a tenth of the captions, so that `sample` can ask what the net draws without one."""
-    drawn = mine(torch.rand(len(c) * world(), generator=rng, device=c.device))
-    return c * (drawn >= CAPTION_DROPOUT)[:, None]
+    drawn = torch.rand(len(c) * world(), generator=rng, device=rng.device)
+    return c * to_device(mine(drawn) >= CAPTION_DROPOUT, c.device)[:, None]
 
 
 @torch.no_grad()
@@ -204,16 +226,32 @@ def sample(net, c, eps, steps=12, guidance=2.0):
     """
     x, both = eps.clone(), torch.cat([c, torch.zeros_like(c)])                # (B, ...), (2B, T)
     for t in torch.linspace(1, 0, steps + 1, device=x.device)[:-1]:
-        v, v_empty = net(x.repeat(2, 1, 1, 1), t.expand(len(both)), both).chunk(2)
+        v, v_empty = velocity(net, x.repeat(2, 1, 1, 1), t.expand(len(both)), both).chunk(2)
         x = x - (v_empty + guidance * (v - v_empty)) / steps
     return x.clamp(-1, 1)
 
 
 # ---- eq. 4: training without weights ---------------------------------------------------------
-def descend(loss, net, opt, clip=2.0):
+def descend(loss, net, opt):
     """One clipped optimiser step on a loss that trains `net` alone. Returns the gradient's norm."""
     opt.zero_grad(set_to_none=True)
     loss.backward()
+    return step_down(net, opt)
+
+
+def descend_flow(net, opt, W, x, c, t, eps):
+    """The same on sum_i W_i L(net; x_i), --micro-batch pairs at a time: L (B,), and the norm."""
+    opt.zero_grad(set_to_none=True)
+    losses = []
+    for W_part, *part in zip(*(v.split(Machine.micro_batch or len(x)) for v in (W, x, c, t, eps))):
+        L = flow_loss(net, *part)
+        (W_part * L).sum().backward()                      # frees this part before the next
+        losses.append(L.detach())
+    return torch.cat(losses), step_down(net, opt)
+
+
+def step_down(net, opt, clip=2.0):
+    """Go one step down the gradient that `net` holds. Returns its norm, before it is clipped."""
     average_gradients(net)                                # does nothing with one process
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
     opt.step()
@@ -240,10 +278,12 @@ def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None,
     for k, (rows, x, c) in enumerate(stream(pairs, batches), progress.step):
         left = (steps - k) / (decay * steps) if decay else 1.0
         opt.param_groups[0]["lr"] = lr * min(1.0, (k + 1) / ramp, left)
-        rng = seeded(x.device, seed, "train", k)
-        loss = flow_loss(net, x, drop_captions(c, rng), *draw_noise(x, rng)).mean()
-        norm = descend(loss, net, opt)                    # eq. 4
-        progress.advance(torch.stack([loss, norm]), lambda: pairs.name(rows), lambda: after(k + 1))
+        rng = seeded("cpu", seed, "train", k)
+        c, alike = drop_captions(c, rng), x.new_full((len(x),), 1 / len(x))
+        L, norm = descend_flow(net, opt, alike, x, c, *draw_noise(x, rng))    # eq. 4
+        progress.advance(torch.stack([L.mean(), norm]), functools.partial(pairs.name, rows),
+                         lambda: after(k + 1))
+    progress.fetch()
     return net
 
 
@@ -396,6 +436,7 @@ def parse_args(argv=None):
     if args.smoke:
         args.steps, args.batch_size = 12, 16
     read_plant(args.plant)
+    args.root = os.path.abspath(args.root)                 # later stages may run elsewhere
     return args
 
 
@@ -429,6 +470,7 @@ def load_data(args, device):
                    "the corpus can only ask eq. 6 for more of the same; give it pairs you trust.")
         corpus = corpus.take(np.sort(np.argsort(corpus.hashes())[:args.pairs]))
         order = rng.permutation(len(held))[:HELD_OUT]
+        args.data, args.val = (path and os.path.abspath(path) for path in (args.data, args.val))
         splits = [keep_resident(corpus, RESIDENT),
                   *(keep_resident(held.take(order[k::2])) for k in (0, 1))]
     if args.plant:
@@ -448,6 +490,7 @@ def load_data(args, device):
 def main(args, device):
     out = Path(args.out)
     pairs, val, test = load_data(args, device)
+    pairs = keep_decoded(pairs, out)
     proxy = build_proxy(args, device)
     progress = Progress(out / "proxy.progress", "01_proxy.py", vars(args), args.save_every)
     points = {max(1, round(share * args.steps)) for share in (0.05, 0.2, 0.5, 1)}
@@ -455,9 +498,10 @@ def main(args, device):
 
     def after(step):
         if step in points:
-            snapshots[step] = {name: value.clone() for name, value in proxy.state_dict().items()}
+            snapshots[step] = {name: value.to("cpu", copy=True)
+                               for name, value in proxy.state_dict().items()}
         if step % 100 == 0 or step == args.steps:
-            recent = np.mean(progress.log[-100:], axis=0)
+            recent = np.mean(progress.fetch()[-100:], axis=0)
             print0(f"warm-up {step:5d}/{args.steps}   loss {recent[0]:.4f}")
 
     train(proxy, pairs, args.steps, args.batch_size, args.lr, args.seed, progress=progress,
@@ -525,16 +569,16 @@ class Pairs:
 
     def batch(self, rows):
         """x (B, 3, H, W) in [-1, 1] and c (B, T) of these rows."""
-        rows = torch.as_tensor(rows, device=self.images.device)
+        rows = to_device(rows, self.device)
         return self.images[rows].float() / 127.5 - 1, self.tokens[rows]
 
     def take(self, rows):
         """The pairs of these rows, as Pairs."""
-        rows = torch.as_tensor(rows)
         columns = ([column[i] for i in rows] for column in (self.keys, self.captions, self.strata))
+        rows = to_device(rows, self.device)
         return Pairs(self.images[rows], self.tokens[rows], *columns)
 
-    def parts(self, batches):
+    def parts(self, batches, texts=True, shared=False):
         """For every array of rows in `batches`: the rows and their pairs."""
         for rows in batches:
             yield rows, self.take(rows)
@@ -550,8 +594,8 @@ class Pairs:
         return self.images.device
 
     def to(self, device):
-        return Pairs(self.images.to(device), self.tokens.to(device), self.keys, self.captions,
-                     self.strata)
+        return replace(self, images=to_device(self.images, device),
+                       tokens=to_device(self.tokens, device))
 
 
 class Source(NamedTuple):
@@ -572,16 +616,19 @@ class Shards:
     size: int
     words: int
     device: str = "cpu"
+    cache: np.ndarray = None   # of decoded pairs, and where in it the (N,) pairs lie
+    places: np.ndarray = None
     strata = ()                # not known before a pair is read
 
     def __len__(self):
         return len(self.entries)
 
     def take(self, rows):
-        return Shards(self.sources, self.entries[rows], self.size, self.words, self.device)
+        places = None if self.cache is None else self.places[rows]
+        return replace(self, entries=self.entries[rows], places=places)
 
     def to(self, device):
-        return Shards(self.sources, self.entries, self.size, self.words, device)
+        return replace(self, device=device)
 
     def read(self, row):
         """Key, and {suffix: bytes} of all files of one pair, read in place."""
@@ -598,41 +645,53 @@ class Shards:
         found = [(*split_name(member.name), run.extractfile(member).read()) for member in run]
         return found[0][0], {kind: data for _, kind, data in found[::-1]}
 
-    def __getitems__(self, rows):
-        """For the DataLoader: rows, (key, image, caption, stratum) of those that can be read, and
-        (reason, key) of the others."""
-        kept, skipped = [], []
-        for row in rows:
-            key, files = self.read(row)
-            pair = decode_pair(files, self.size)
-            if isinstance(pair, str):
-                skipped.append((pair, key))
-            else:
-                kept.append((key, *pair))
-        return rows, kept, skipped
+    def load(self, row, texts):
+        """image, tokens, key, caption, stratum of a pair, the texts perhaps empty unless they are
+        asked for; or (reason, key) where it cannot be read. The cache takes it, or has it."""
+        slot = {"seen": False} if self.cache is None else self.cache[self.places[row]]
+        if slot["seen"] and not texts:
+            return slot["image"], slot["tokens"], "", "", ""
+        key, files = self.read(row)
+        pair = decode_pair(files, self.size, slot["image"] if slot["seen"] else None)
+        if isinstance(pair, str):
+            return pair, key
+        slot["image"], slot["tokens"] = pair[0], tokenize(pair[1:2], self.words)[0].numpy()
+        slot["seen"] = True                                # last: a worker may be killed
+        return slot["image"], slot["tokens"], key, *pair[1:]
 
-    def parts(self, batches):
+    def __getitems__(self, asked):
+        """For the DataLoader, asked for (rows, texts): rows, their readable Pairs, the others."""
+        found = [self.load(row, asked[1]) for row in asked[0]]
+        whole = [pair for pair in found if len(pair) > 2]
+        images, tokens, *columns = map(list, zip(*whole)) if whole else [[]] * 5
+        images = np.array(images, "u1").reshape(-1, 3, self.size, self.size)
+        tokens = np.array(tokens, "i8").reshape(-1, self.words)
+        return (asked[0], Pairs(*map(torch.from_numpy, (images, tokens)), *columns),
+                [pair for pair in found if len(pair) == 2])
+
+    def parts(self, batches, texts=True, shared=False):
         """For every array of rows in `batches`: the rows and the readable pairs among them.
 
-        Workers decode ahead. What was skipped is told at the end.
+        Without `texts` captions, keys and strata may be empty. Workers decode ahead, but not for a
+        batch that is the only one. What was skipped is told at the end, by all processes together
+        where they have `shared` the batches.
         """
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        loader = DataLoader(self, batch_sampler=batches, collate_fn=unchanged,
-                            num_workers=min(8, max(1, cores)) if len(self) > 1000 else 0,
-                            worker_init_fn=ignore_interrupts, generator=torch.Generator())
-        skipped = {}
-        for rows, kept, missing in loader:
+        alone, skipped = isinstance(batches, list) and len(batches) == 1, {}
+        asked = ((rows, texts) for rows in batches)
+        loader = map(self.__getitems__, asked) if alone or len(self) <= 1000 else DataLoader(
+            self, batch_sampler=asked, collate_fn=unchanged, num_workers=cores(),
+            multiprocessing_context="fork" if hasattr(os, "fork") else None,
+            worker_init_fn=obey_parent, generator=torch.Generator())
+        for rows, part, missing in loader:
             for reason, key in missing:
                 skipped.setdefault(reason, {})[key] = True
-            keys, images, captions, strata = map(list, zip(*kept)) if kept else ([], [], [], [])
-            images = np.array(images, np.uint8).reshape(-1, 3, self.size, self.size)
-            yield rows, Pairs(torch.from_numpy(images), tokenize(captions, self.words), keys,
-                              captions, strata).to(self.device)
-        print_skipped(skipped)
+            yield rows, part.to(self.device)
+        print_skipped(merge(skipped) if shared else skipped)
 
     def batch(self, rows):
         """x (B, 3, H, W) and c (B, T) of these rows; readable ones repeated where some are not."""
-        return next(stream(self, [rows], share=unchanged))[1:]
+        (_, part), = self.parts([rows], texts=False)
+        return fill_up(part, rows, self)
 
     def name(self, rows):
         return [self.read(row)[0] for row in rows]
@@ -645,9 +704,12 @@ def unchanged(part):
     return part
 
 
-def ignore_interrupts(_):
-    """Ctrl-C reaches the workers of a DataLoader too; the main process decides for them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def obey_parent(*_):
+    """In a worker: the main process alone decides on both signals, and takes it with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)         # PR_SET_PDEATHSIG: also after kill -9
 
 
 def find_rows(pairs, keys):
@@ -711,7 +773,7 @@ def name_class(name):
 # ---- reading real pairs: WebDataset tars, folders, tables -------------------------------------
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTION_NAMES = ("caption", "text", "prompt")
-RESIDENT = 2e9             # bytes of pixels up to which pairs are decoded once and kept
+RESIDENT = 2e9             # bytes of pixels up to which pairs are kept in memory, or --memory
 
 
 def open_pairs(path, size, words, out=None):
@@ -750,17 +812,24 @@ def find_places(path):
 
 
 def index_shards(tars, skipped, out):
-    """Entries (N,) of all tars, one process per core; kept in `out` while no tar changes."""
+    """Entries (N,) of all tars, by all processes and cores; kept in `out` while no tar changes.
+
+    The first process says which index is meant: another node may hold the same shards elsewhere.
+    """
+    named = [(tar.name, tar.stat().st_size) for tar in tars]
+    if from_first(named) != named:
+        raise SystemExit(f"{tars[0].parent}: not the shards (names, sizes) of the first process")
     state = repr([(str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars])
-    file = Path(out) / f"index-{hash_key(state):016x}.npz" if out else None
-    if rank() == 0 and not (file and file.exists()):
-        with ProcessPoolExecutor(min(8, os.cpu_count())) as pool:
-            indexes = list(pool.map(index_shard, tars))
+    file = Path(out) / f"index-{hash_key(from_first(state)):016x}.npz" if out else None
+    if not from_first(file and file.exists()):
+        with ProcessPoolExecutor(cores(), initializer=obey_parent) as pool:
+            share = np.array_split(tars, world())[rank()]
+            indexes = gather_lists(list(pool.map(index_shard, share)))
         for k, (entries, _) in enumerate(indexes):
             entries["source"] = k
-        saved = {"entries": np.concatenate([entries for entries, _ in indexes]),
+        saved = {"entries": np.concatenate([np.zeros(0, ENTRY), *(part for part, _ in indexes)]),
                  "skipped": np.array([pair for _, bad in indexes for pair in bad]).reshape(-1, 2)}
-        if file:
+        if file and rank() == 0:
             with atomic_file(file, "wb") as stream_:
                 np.savez(stream_, **saved)
     wait_for_all()
@@ -845,6 +914,14 @@ def print_skipped(skipped):
         print0(f"skipped {len(names)} ({reason}), first {next(iter(names))}")
 
 
+def merge(skipped):
+    """{reason: {name: True}} of all processes; only the first gets it."""
+    merged = {}
+    for reason, names in gather_lists(list(skipped.items())):
+        merged.setdefault(reason, {}).update(names)
+    return merged
+
+
 def parse_json(text):
     """A JSON object as a dict; anything else, broken text included, as an empty one."""
     try:
@@ -871,21 +948,23 @@ def find_image(files):
     return next(data for kind, data in files.items() if kind in IMAGE_TYPES)
 
 
-def decode_pair(files, size):
+def decode_pair(files, size, image=None):
     """(image (3, size, size) uint8, caption, stratum) of a pair's files, or why it has none."""
     caption = read_caption(files)
     if not caption:
         return "no caption"
     try:
-        image = decode(find_image(files), size)
+        image = decode(find_image(files), size) if image is None else image
     except Exception as error:                             # decoders of broken files raise anything
         return f"unreadable image: {type(error).__name__}"
     return image, caption, str(parse_json(files.get(".json", b"")).get("stratum", ""))
 
 
-def open_image(data):
-    """Image bytes -> PIL image in RGB, on white, upright."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+def open_image(data, side=None):
+    """Image bytes -> PIL image in RGB, on white, upright; a large JPEG at 2 `side` at least."""
+    image = Image.open(io.BytesIO(data))
+    image.draft(None, side and (2 * side, 2 * side))
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):                        # 16 bit: keep the upper eight
         image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -895,28 +974,54 @@ def open_image(data):
 
 def decode(data, size):
     """Image bytes -> (3, size, size) uint8: the largest square in the middle, resized."""
-    image = open_image(data)
+    image = open_image(data, size)
     square = image_ops.center_crop(image, [min(image.size)] * 2)
     return image_ops.pil_to_tensor(image_ops.resize(square, [size, size], antialias=True)).numpy()
 
 
 def keep_resident(pairs, limit=np.inf):
     """Shards as Pairs where their pixels fit into `limit` bytes, else as they are."""
-    if len(pairs) * 3 * pairs.size ** 2 > limit:
+    if isinstance(pairs, Pairs) or len(pairs) * 3 * pairs.size ** 2 > limit:
         return pairs
     parts = [part for _, part in pairs.parts(np.array_split(np.arange(len(pairs)),
                                                             len(pairs) // 256 + 1))]
-    captions = sum((part.captions for part in parts), [])
+    keys, captions, strata = ([text for part in parts for text in getattr(part, name)]
+                              for name in ("keys", "captions", "strata"))
     longer = np.mean([len(find_word_rows(caption)) > pairs.words for caption in captions or [""]])
-    if longer > 0.05:
+    if longer > 0.05 and pairs.cache is None:
         print0(f"{longer:.0%} of the captions are longer than --words {pairs.words} and are cut")
     return Pairs(torch.cat([part.images for part in parts]),
-                 torch.cat([part.tokens for part in parts]),
-                 sum((part.keys for part in parts), []), captions,
-                 sum((part.strata for part in parts), []))
+                 torch.cat([part.tokens for part in parts]), keys, captions, strata)
+
+
+def keep_decoded(pairs, out):
+    """For several epochs: Shards with a mapped file in `out`, one a machine, that takes every pair
+    when it is first decoded. It has no name, so that the disk is free again however the run ends.
+    """
+    if isinstance(pairs, Pairs):
+        return pairs
+    slot = np.dtype([("seen", "?"), ("tokens", "i4", (pairs.words,)),
+                     ("image", "u1", (3, pairs.size, pairs.size))])
+    size = len(pairs) * slot.itemsize
+    fits = from_first(shutil.disk_usage(out).free > 1.1 * size)
+    print0(f"{len(pairs)} pairs exceed --memory: decoded " + ("once" if fits else "in every epoch")
+           + f", with {size / 1e9:.1f} GB {'taken from' if fits else 'more than free in'} {out}")
+    if not fits:
+        return pairs
+    file = Path(out) / f".pixels-{os.environ.get('GROUP_RANK', 0)}"
+    for mode in ("w+", "r+"):                              # one process of a machine makes the file
+        if mode == "r+" or os.environ.get("LOCAL_RANK", "0") == "0":
+            cache = np.memmap(file, slot, mode, shape=len(pairs))
+        wait_for_all()
+    file.unlink(missing_ok=True)
+    return replace(pairs, cache=cache, places=np.arange(len(pairs), dtype="i4"))
 
 
 # ---- plumbing for all five stages: batches, processes, files, options -------------------------
+LAUNCHER = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}    # set by torchrun, all of them
+ANEW = {"out", "save_every", "micro_batch", "memory", "compile"}   # a continued run may change them
+
+
 @functools.lru_cache(maxsize=8)
 def shuffle(n, seed, epoch):
     return np.random.default_rng([seed, epoch, n]).permutation(n)
@@ -933,15 +1038,28 @@ def draw_batches(n, batch_size, seed, first, last):
     return (batch_rows(n, batch_size, step, seed) for step in range(first, last))
 
 
-def stream(pairs, batches, share=None):
+def stream(pairs, batches):
     """(rows, x, c) for every global batch of rows, cut to this process's share.
 
     The place of a pair that cannot be read goes to another one of the share.
     """
-    for rows, part in pairs.parts(map(share or mine, batches)):
-        if not len(part):
-            raise SystemExit(f"none of these pairs can be read: {', '.join(pairs.name(rows))}")
-        yield rows, *part.batch(np.arange(len(rows)) % len(part))
+    for rows, part in pairs.parts(map(mine, batches), texts=False, shared=True):
+        yield rows, *fill_up(part, rows, pairs)
+
+
+def fill_up(part, rows, pairs):
+    """x and c of as many pairs as `rows`, of which only those in `part` could be read."""
+    if not len(part):
+        raise SystemExit(f"none of these pairs can be read: {', '.join(pairs.name(rows))}")
+    return part.batch(np.arange(len(rows)) % len(part))
+
+
+def to_device(values, device):
+    """Values as a tensor on `device`; this process does not wait for the copy to a GPU."""
+    tensor = torch.as_tensor(values)
+    if torch.device(device).type == "cpu" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def seeded(device, *parts):
@@ -956,6 +1074,12 @@ def world():
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def cores():
+    """The cores that this process may use: its share of those of the machine."""
+    free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, free // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def mine(rows):
@@ -1000,7 +1124,15 @@ def gather_lists(items):
         return items
     lists = [None] * world() if rank() == 0 else None
     dist.gather_object(items, lists)
-    return sum(lists, []) if rank() == 0 else []
+    return [item for part in lists for item in part] if rank() == 0 else []
+
+
+def from_first(value):
+    """What the first process has in the place of `value`."""
+    box = [value]
+    if world() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def wait_for_all():
@@ -1015,18 +1147,34 @@ def print0(*words):
 
 def launch(main, args):
     """Call main(args, device): one process of torchrun's, or alone; --out is its own meanwhile."""
+    global RESIDENT
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")           # the terminal may not have ±
     cuda = torch.cuda.is_available()
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    if getattr(args, "batch_size", 0) % world():
-        raise SystemExit(f"--batch-size {args.batch_size} must divide by {world()} processes")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")
+    if LAUNCHER <= os.environ.keys() and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if getattr(args, "batch_size", 0) % world():
+        raise SystemExit(f"--batch-size {args.batch_size} must divide by {world()} processes")
+    Machine.bf16 = cuda if args.precision == "auto" else args.precision == "bf16"
+    Machine.compiled, Machine.fetch_every = args.compile, 10 if cuda else 1
+    Machine.micro_batch = getattr(args, "micro_batch", None)
+    RESIDENT = RESIDENT if args.memory is None else args.memory * 1e9
+    if cuda:
+        print0(f"{torch.cuda.get_device_name()}, forward passes in bf16: {Machine.bf16}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note_signal)
     torch.manual_seed(args.seed)
-    with lock_folder(Path(args.out)):
-        main(args, torch.device("cuda" if cuda else "cpu"))
+    try:
+        with lock_folder(Path(args.out)):
+            main(args, torch.device("cuda" if cuda else "cpu"))
+    except (RuntimeError, MemoryError) as error:
+        if re.search("out of memory|allocate|ALLOC_FAILED", str(error)):
+            raise SystemExit("out of memory: lower --micro-batch (pairs at a time, with the same "
+                             "results), --batch-size or --memory")
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -1037,12 +1185,15 @@ def lock_folder(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
-        if fcntl and rank() == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SystemExit(f"{folder} is in use by another run: wait for it, or name another --out")
     except OSError as error:
         raise SystemExit(f"--out {folder} cannot be written: {error.strerror}; name another folder")
+    try:
+        if fcntl and rank() == 0:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                  # no fork inherits it
+    except (BlockingIOError, PermissionError):
+        raise SystemExit(f"{folder} is in use by another run: wait for it, or name another --out")
+    except OSError as error:
+        print0(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
     with lock:
         yield
 
@@ -1067,10 +1218,11 @@ class Progress:
         self.path, self.written_by, self.settings = path, written_by, settings or {}
         self.save_every, self.parts, self.weights = save_every, {}, {}
         self.step, self.seconds, self.log, self.kept = 0, 0.0, [], {}
+        self.waiting, self.stopping = [], 0
         if path and Path(path).exists():
             state = load(path, written_by)
             for name, value in self.settings.items():
-                if state["settings"].get(name) != value and name not in ("out", "save_every"):
+                if state["settings"].get(name) != value and name not in ANEW:
                     raise SystemExit(
                         f"{path} was begun with {name} = {state['settings'].get(name)}, not "
                         f"{value}: finish that run first, or delete the file to begin anew")
@@ -1081,30 +1233,50 @@ class Progress:
 
     def attach(self, **parts):
         """Networks and optimisers to save, and to restore where the run was interrupted."""
+        place = self.step, [len(kept) for kept in self.kept.values() if isinstance(kept, list)]
+        if from_first(place) != place:
+            raise SystemExit(f"{self.path}: the processes do not see the same file (step "
+                             f"{self.step} here); --out must be one folder that all of them see")
         for name, part in parts.items():
             if self.weights:
                 part.load_state_dict(self.weights[name])
         self.parts, self.weights, Progress.running = parts, {}, True
 
     def advance(self, numbers, name_batch=list, before_save=None, by=1):
-        """Count a step: numbers (K,), averaged over processes, have to be finite."""
-        caught = torch.tensor([float(Progress.stop)], device=numbers.device)
-        *numbers, stop = average(torch.cat([numbers.detach(), caught])).tolist()
-        if not np.isfinite(numbers).all():
-            keep = f" {self.path} still holds an earlier step." if self.path else ""
-            raise SystemExit(f"step {self.step + 1}: {numbers} is not finite.{keep} Lower --lr, or "
-                             f"look at the pairs of its batch: {', '.join(name_batch())}")
-        self.log.append(numbers)
+        """Count a step and its numbers (K,). On a GPU they are looked at every ten steps only, and
+        before every save, as looking waits for the device."""
+        caught = numbers.new_full((1,), float(Progress.stop))
+        self.waiting.append((average(torch.cat([numbers.detach(), caught])), name_batch))
         self.step += by
-        now = time.monotonic()
-        self.seconds, self.now = self.seconds + now - self.now, now
+        together = (self.step // by % Machine.fetch_every == 0     # for all processes the same step
+                    or Progress.stop and world() == 1)
+        due = self.path and time.monotonic() - self.saved >= self.save_every
+        if together or due:
+            self.fetch()
         if before_save:
             before_save()
-        if stop or (self.path and now - self.saved >= self.save_every):
+        stop = together and self.stopping
+        if stop or due:
             self.save()
         if stop:
             print0(f"stopped after step {self.step}: the same command continues from {self.path}")
             sys.exit(128 + (Progress.stop or signal.SIGTERM))
+
+    def fetch(self):
+        """The log: with the numbers that wait, averaged over processes, which have to be finite."""
+        while self.waiting:
+            row, name_batch = self.waiting.pop(0)
+            *numbers, stop = row.tolist()
+            if not np.isfinite(numbers).all():
+                keep = f" {self.path} still holds an earlier step." if self.path else ""
+                raise SystemExit(f"step {len(self.log) + 1}: {numbers} is not finite.{keep} Lower "
+                                 f"--lr, or look at the pairs of its batch: "
+                                 f"{', '.join(name_batch())}")
+            self.log.append(numbers)
+            self.stopping = max(self.stopping, stop)
+        now = time.monotonic()
+        self.seconds, self.now = self.seconds + now - self.now, now
+        return self.log
 
     def save(self):
         if self.path:
@@ -1204,6 +1376,14 @@ def options(description, **defaults):
     parser.add_argument("--smoke", action="store_true", help="tiny run, to see that it works")
     parser.add_argument("--save-every", type=float, default=60, metavar="SECONDS",
                         help="an interrupted run loses this much at most")
+    parser.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
+                        help="of the proxies' forward passes; auto: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--compile", action="store_true", help="by torch.compile, block by block")
+    parser.add_argument("--memory", type=amount, metavar="GB",
+                        help="pixels up to which pairs are kept in memory (default: 2)")
+    if "batch_size" in defaults:
+        parser.add_argument("--micro-batch", type=count, metavar="PAIRS", help="in memory at a "
+                            "time, for the same results (default: all that a process has)")
     for name, (default, text) in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text,
                             type={int: count, float: amount}.get(type(default), str))

@@ -42,8 +42,10 @@ Run      python 02_meta_rater.py                        under a minute on two co
          torchrun --nproc-per-node 2 -- 02_meta_rater.py --signal loss
 """
 import copy
+import functools
 import importlib
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,7 @@ from matplotlib import pyplot as plt
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 proxy_stage = importlib.import_module("01_proxy")
 
 PROBE = 512                # training pairs whose logits the figure follows
@@ -136,30 +139,30 @@ def meta_step(nets, opts, train, val, rng, args):
     """
     (x, c), (x_val, c_val) = train, val
     W_inst, W_batch = weigh(nets["rater"], x, c, args.group_size)             # (B / G, G or 1)
-    t, eps = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)              # one noise for both
-    t_val, eps_val = proxy_stage.draw_noise(x_val, rng)
+    W = (W_inst * W_batch).detach()                        # eq. 5 holds mu fixed; sums to W_batch
+    noise = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)               # one for both proxies
+    noise_val = proxy_stage.draw_noise(x_val, rng)
     c, c_val = (proxy_stage.drop_captions(words, rng) for words in (c, c_val))          # added
-    L_theta, L_val = proxy_stage.flow_loss(                                   # (B,), (B,)
-        nets["proxy"], torch.cat([x, x_val]), torch.cat([c, c_val]), torch.cat([t, t_val]),
-        torch.cat([eps, eps_val])).split(len(x))
-    L_hat = proxy_stage.flow_loss(nets["ref"], x, c, t, eps)                  # (B,)
-    L_theta, L_hat = L_theta.view_as(W_inst), L_hat.view_as(W_inst)           # (B / G, G)
+    batch = W.flatten() / len(W), x, c, *noise
+    batch_val = x_val.new_full((len(x_val),), 1 / len(x_val)), x_val, c_val, *noise_val
+    L_hat, norm_hat = proxy_stage.descend_flow(nets["ref"], opts["ref"], *batch)  # eq. 5, no g_val
+    L_both, norm = proxy_stage.descend_flow(nets["proxy"], opts["proxy"],         # eqs. 5, 10
+                                            *map(torch.cat, zip(batch, batch_val)))
+    L_theta, L_val = L_both.split(len(x))                                     # (B,), (B,)
+    L_theta, L_hat = L_theta.view_as(W), L_hat.view_as(W)                     # (B / G, G)
 
-    gap = (L_theta - L_hat).detach()                       # eq. 6 holds both proxies fixed
-    signal = gap if args.signal == "difference" else L_theta.detach()         # eq. 8: L_hat = 0
+    gap = L_theta - L_hat                                  # eq. 6 holds both proxies fixed
+    signal = gap if args.signal == "difference" else L_theta                  # eq. 8: L_hat = 0
     s = rank_normal(signal)                                                   # added
     total = (signal * W_inst.detach()).sum(1)                                 # (B / G,)
     s_group = proxy_stage.mine(rank_normal(proxy_stage.gather(total)))[:, None]         # added
     objective = rater_objective(W_inst, W_batch, s, s_group)
-    W = (W_inst * W_batch).detach()                        # eq. 5 holds mu fixed; sums to W_batch
-
-    losses = {"rater": objective + args.tau * negative_entropy(W_inst, W_batch),
-              "proxy": L_val.mean() + (W * L_theta).sum(1).mean(),            # eqs. 5, 10
-              "ref": (W * L_hat).sum(1).mean()}                               # eq. 5, no g_val
-    norms = [proxy_stage.descend(losses[name], nets[name], opts[name]) for name in losses]
+    norm_mu = proxy_stage.descend(objective + args.tau * negative_entropy(W_inst, W_batch),
+                                  nets["rater"], opts["rater"])
     ess = 1 / W_inst.square().sum(1).mean() / args.group_size
     return torch.stack([L_val.mean(), L_hat.mean(), gap.mean(), gap.std(), ess, W_batch.mean(),
-                        W_inst.clamp_min(1e-12).log().std(1).mean(), sum(norms)]).detach()
+                        W_inst.clamp_min(1e-12).log().std(1).mean(),
+                        norm_mu + norm + norm_hat]).detach()
 
 
 def exact_meta_gradient(proxy, train, val, W, beta, steps):
@@ -218,7 +221,7 @@ def learn(nets, pairs, val, args, probe, progress):
             follows, logits = follow(nets, *probe, args)
             seen.append((k, logits, follows))
         if k % 100 == 0 or k == args.steps:
-            val_loss, _, gap, gap_std, *health, _ = np.mean(progress.log[-100:], axis=0)
+            val_loss, _, gap, gap_std, *health, _ = np.mean(progress.fetch()[-100:], axis=0)
             proxy_stage.print0(
                 f"meta {k:5d}/{args.steps}   val {val_loss:.4f}   difference {gap:+.4f} "
                 f"+- {gap_std:.4f}   ESS {health[0]:.2f}   W_batch {health[1]:.3f}   "
@@ -229,9 +232,10 @@ def learn(nets, pairs, val, args, probe, progress):
         len(split), args.batch_size, args.seed, progress.step, args.steps))
         for split in (pairs, val)]
     for (rows, *train_batch), (_, *val_batch) in zip(*batches):
-        rng = proxy_stage.seeded(train_batch[0].device, args.seed, "meta", progress.step + 1)
+        rng = proxy_stage.seeded("cpu", args.seed, "meta", progress.step + 1)
         numbers = meta_step(nets, opts, train_batch, val_batch, rng, args)
-        progress.advance(numbers, lambda: pairs.name(rows), after)
+        progress.advance(numbers, functools.partial(pairs.name, rows), after)
+    progress.fetch()
 
 
 def warn_of_collapse(ess, W_batch, logit_std):
@@ -286,6 +290,7 @@ def main(args, device):
     if min(len(pairs), len(val)) < args.batch_size:
         raise SystemExit(f"{len(pairs)} training and {len(val)} validation pairs do not both fill "
                          f"--batch-size {args.batch_size}: lower it or add pairs")
+    pairs = proxy_stage.keep_decoded(pairs, args.out)
     nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
     for net in nets.values():
         net.load_state_dict(snapshots[settings.steps])     # theta <- theta_hat, after eq. 4

@@ -31,6 +31,7 @@ import importlib
 import itertools
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -41,6 +42,7 @@ import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from torchvision.transforms import functional as image_ops
 
+sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 proxy_stage = importlib.import_module("01_proxy")
 rater_stage = importlib.import_module("02_meta_rater")
 
@@ -166,7 +168,7 @@ def score(nets, group_size, pairs, path, seed, progress, with_baselines=False):
         file.truncate()
         writer = csv.writer(file)
         writer.writerows([] if progress.step else [columns])
-        for rows, part in pairs.parts(chunks):
+        for rows, part in pairs.parts(chunks, shared=True):
             lines = []
             if len(part):
                 chunk = progress.step + proxy_stage.rank()

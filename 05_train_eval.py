@@ -51,12 +51,14 @@ from matplotlib.ticker import LogLocator
 from torchvision.models import inception_v3
 from torchvision.transforms import InterpolationMode, functional as image_ops
 
+sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 proxy_stage = importlib.import_module("01_proxy")
 score_stage = importlib.import_module("03_score")
 select_stage = importlib.import_module("04_select")
 
 DECAY = 0.4                # share of the steps in which the learning rate falls to zero
 DRAWN = 512                # images drawn per arm for the distance, the score and the match
+PART = 128                 # pairs at a time when nothing is trained
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student t, 1-9 d.o.f.
 
 
@@ -169,7 +171,7 @@ def frechet_distance(mu1, S1, mu2, S2):
 
 def judge_images(judge, images, captions, reference):
     """distance, score and match of images (B, 3, H, W) under a list of B captions."""
-    f, image = judge.embed_images(images)
+    f, image = map(torch.cat, zip(*map(judge.embed_images, images.split(PART))))
     distinct = sorted(set(captions))                                          # M captions
     own = torch.tensor([distinct.index(caption) for caption in captions], device=images.device)
     cosines = image @ judge.embed_captions(distinct).T                        # (B, M)
@@ -186,12 +188,13 @@ def evaluate(net, test, judge, reference, seed):
     rng = proxy_stage.seeded(x.device, seed, "evaluate")
     eps = torch.randn(x.shape, generator=rng, device=x.device)
     t = (torch.arange(n, device=x.device) + 0.5) / n                          # every level once
-    held_out = proxy_stage.flow_loss(net, x, c, t, eps).mean().item()
-    images = torch.cat([proxy_stage.sample(net, *part) for part in zip(
-        proxy_stage.mine(c).split(128), proxy_stage.mine(eps).split(128))])
-    images = proxy_stage.gather(images)
+    losses = [proxy_stage.flow_loss(net, *part)
+              for part in zip(*(v.split(PART) for v in (x, c, t, eps)))]
+    images = [proxy_stage.sample(net, *part) for part in zip(
+        *(proxy_stage.mine(v).split(PART) for v in (c, eps)))]
+    images = proxy_stage.gather(torch.cat(images))
     numbers = judge_images(judge, images, test.captions[:n], reference)
-    return {"held-out": held_out, **numbers}, images
+    return {"held-out": torch.cat(losses).mean().item(), **numbers}, images
 
 
 # ---- one arm, all arms -----------------------------------------------------------------------
@@ -200,10 +203,11 @@ def run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress):
     rows = choose_rows(arm, pairs, args.out, seed)
     torch.manual_seed(seed)                                # all arms start from the same weights
     net = proxy_stage.build_proxy(settings, pairs.device)
-    steps = args.epochs * (len(rows) // args.batch_size)                      # eq. 1: same epochs
+    chosen = proxy_stage.keep_resident(pairs.take(rows), proxy_stage.RESIDENT).to(pairs.device)
+    steps = args.epochs * (len(chosen) // args.batch_size)                    # eq. 1: same epochs
     if not steps:
-        raise SystemExit(f"{arm.name}: {len(rows)} pairs are fewer than --batch-size")
-    proxy_stage.train(net, pairs.take(rows), steps, args.batch_size, args.lr, seed, decay=DECAY,
+        raise SystemExit(f"{arm.name}: {len(chosen)} pairs are fewer than --batch-size")
+    proxy_stage.train(net, chosen, steps, args.batch_size, args.lr, seed, decay=DECAY,
                       progress=progress)
     seconds = progress.seconds
     numbers, images = evaluate(net, test, judge, reference, args.seed)
@@ -373,11 +377,12 @@ def main(args, device):
              else score_stage.train_contrast(
                  test, 20 if args.smoke else score_stage.CONTRAST_STEPS, args.seed))
     (x, _), (other, _) = (split.batch(np.arange(min(DRAWN, len(split)))) for split in (test, val))
-    reference = moments(judge.embed_images(x)[0])
+    reference = moments(torch.cat([judge.embed_images(part)[0] for part in x.split(PART)]))
     real = judge_images(judge, other, val.captions[:len(other)], reference)
     floor = (f"{len(other)} real images that the judge has not seen: score {real['score']:.1f}, "
              f"match {real['match']:.0f} %, distance {real['distance']:.3f}")
     proxy_stage.print0(floor)
+    pairs = proxy_stage.keep_decoded(pairs, args.out)
     results, samples, progress = run_all(arms, args, settings, pairs, test, judge, reference)
     table = tabulate(results, arms, floor)
     if proxy_stage.rank() == 0:
@@ -661,6 +666,7 @@ class StandardJudge:
 
     def __init__(self, args, device):
         torch.backends.cudnn.allow_tf32 = False            # else features differ between GPUs
+        torch.set_float32_matmul_precision("highest")      # (nothing else here needs TF32)
         paths = {what: find_weights(what, getattr(args, what)) for what in WEIGHTS}
         self.inception = load_strictly(build_inception(), load_state(paths["inception"]),
                                        paths["inception"]).to(device)
@@ -746,7 +752,7 @@ def measure_images(judge, path, out, batch_size=50):
                 text = judge.embed_captions([batch[row][1] for row in named])
                 cosines += (unit[named] * text).sum(1).tolist()
             batch = []
-    proxy_stage.print_skipped(skipped)
+    proxy_stage.print_skipped(proxy_stage.merge(skipped))
     sums = torch.tensor([len(cosines), sum(cosines), np.square(cosines).sum()]).double()
     return found.finish(), proxy_stage.add_up(sums).tolist()
 

@@ -212,9 +212,9 @@ def large_row(device, size=64, width=768, depth=12, batch=64, side=8192):
     square = torch.randn(side, side, device=device, dtype=half)
 
     def step():
-        with torch.autocast(device.type, half):
-            loss = proxy_stage.flow_loss(net, x, c, t, x).mean()
-        proxy_stage.descend(loss, net, opt)
+        proxy_stage.Machine.bf16 = True
+        proxy_stage.descend(proxy_stage.flow_loss(net, x, c, t, x).mean(), net, opt)
+        proxy_stage.Machine.bf16 = False
 
     def floor():
         for _ in range(round(operations / (2 * side ** 3))):
@@ -357,6 +357,72 @@ def print_growth(rows, repeats):
               + f" | {show(slopes, '{:.2f}')} | {expected} |", flush=True)
 
 
+# ---- one GPU ---------------------------------------------------------------------------------
+WIDTHS = (384, 768)                                        # of a ViT-S and a DiT-B
+MODES = ("fp32", "tf32", "bf16", "bf16, compiled")
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}    # bf16 products, dense, by the makers
+
+
+def gpu_stages(device, width, batch, size=64, depth=12):
+    """{stage: (what it does once, its pairs, its floating-point operations)} at these sizes."""
+    pairs, val = (proxy_stage.draw_toy(2 * batch, size, 0, split).to(device)
+                  for split in ("train", "val"))
+    settings = proxy_stage.parse_args(["--size", str(size), "--width", str(width), "--depth",
+                                       str(depth)])
+    nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
+    nets["rater"] = rater_stage.Rater(nets["ref"]).to(device)
+    nets["contrast"] = score_stage.Contrast(size, settings.words).to(device)
+    opts = {name: proxy_stage.adamw(net, 1e-4) for name, net in nets.items()}
+    args, rng = rater_stage.parse_args([]), proxy_stage.seeded("cpu", 0, "bench")
+    x, c = pairs.batch(range(8))
+    plain = proxy_stage.DiT(size, settings.patch, width, depth, settings.words).to(device)
+    _, each = own_products(plain, (x, x[:, 0, 0, 0], c))
+    rows, each = range(batch), each / 8                    # a training pass of one pair
+    companions = score_stage.draw_companions(nets["rater"], 32, pairs, 0)
+    chosen, draws = pairs.take(rows), 2 * score_stage.DRAWS
+    return {"01, 05": (lambda: proxy_stage.train(nets["proxy"], pairs, 1, batch, 1e-4, 0), batch,
+                       batch * each),
+            "02": (lambda: rater_stage.meta_step(nets, opts, pairs.batch(rows), val.batch(rows),
+                                                 rng, args), batch, 3 * batch * each),
+            "03 --baselines": (
+                lambda: score_stage.score_chunk(nets, chosen, companions, 0, 0, True), batch,
+                draws * batch * each / 3),
+            "05, drawing": (lambda: proxy_stage.sample(nets["proxy"], c[:1].expand(batch, -1),
+                                                       pairs.batch(rows)[0]), batch,
+                            24 * batch * each / 3)}
+
+
+def print_gpu_rows(device, batch=128):
+    """Images a second, share of the maker's peak, gigabytes: by width, precision and stage."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
+    peak = next((rate for chip, rate in PEAK.items() if chip in name), math.nan)
+    print(f"\n{name}; batch {batch}, 64 x 64 pixels, depth 12\n\n| width | precision | stage | "
+          "images a second | share of peak | peak GB |\n" + "|---" * 6 + "|")
+    for width, mode in [(width, mode) for width in WIDTHS for mode in MODES]:
+        cells = {stage: "not measured | not measured | not measured"
+                 for stage in ("01, 05", "02", "03 --baselines", "05, drawing")}
+        if device.type == "cuda":
+            cells = measure_gpu(device, width, mode, batch, peak)
+        for stage, cell in cells.items():
+            print(f"| {width} | {mode} | {stage} | {cell} |", flush=True)
+
+
+def measure_gpu(device, width, mode, batch, peak):
+    """{stage: its cells of the table} under one precision."""
+    machine, cells = proxy_stage.Machine, {}
+    machine.bf16, machine.compiled = mode.startswith("bf16"), mode.endswith("compiled")
+    machine.fetch_every = 10
+    torch.set_float32_matmul_precision("highest" if mode == "fp32" else "high")
+    for stage, (function, pairs, operations) in gpu_stages(device, width, batch).items():
+        torch.cuda.reset_peak_memory_stats()
+        each = np.median([sample() for sample in [sampler(function)] * 5])
+        cells[stage] = (f"{pairs / each:,.0f} | {operations / each / peak:.0%} | "
+                        f"{torch.cuda.max_memory_allocated() / 1e9:.1f}")
+    machine.bf16, machine.compiled, machine.fetch_every = False, False, 1
+    torch.set_float32_matmul_precision("highest")
+    return cells
+
+
 # ---- the tables ------------------------------------------------------------------------------
 def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -375,6 +441,7 @@ def main(args):
     print_row("proxy step, 2 processes of 1 thread", "1 process of 2 threads", take_turns(
         [start(2, args.steps), start(1, args.steps)], args.repeats), 1 / 0.8)
     print_growth(growth_rows(device, args.ratings // 4), args.repeats)
+    print_gpu_rows(device)
     if device.type == "cuda":
         print(f"\nPeak memory {torch.cuda.max_memory_allocated() / 1e6:.0f} MB")
 

@@ -1,12 +1,20 @@
-"""Makes the numbered stages importable; runs the chain once, tiny, for the tests that read it."""
+"""Makes the numbered stages importable; runs the chain once, tiny, for the tests that read it.
+
+What is promised of a CPU is tested on one: the GPU is hidden, but for test_gpu.py by itself.
+"""
 import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from PIL import Image
+GPU_ALONE = any("test_gpu.py" in word for word in sys.argv)
+GPUS = {k: v for k, v in os.environ.items() if k == "CUDA_VISIBLE_DEVICES"}
+if not GPU_ALONE:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""                # before torch is imported
+
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -85,13 +85,13 @@ def reweigh(factors):
     """In place of eq. 5: g_train and g_val of theta times factors(k) at meta step k = 0, 1, ...
 
     Scales gradients and leaves the values, which the rater sees, as they are. Every step asks for
-    the losses of theta (training and validation half) first, then for those of theta_hat.
+    the losses of theta_hat first, then for those of theta (training and validation half).
     """
     flow_loss, calls = proxy_stage.flow_loss, itertools.count()
 
     def scaled(net, x, c, t, eps):
-        L, (k, of_ref) = flow_loss(net, x, c, t, eps), divmod(next(calls), 2)
-        if of_ref:
+        L, (k, of_theta) = flow_loss(net, x, c, t, eps), divmod(next(calls), 2)
+        if not of_theta:
             return L
         factor = torch.tensor(factors(k)).repeat_interleave(len(x) // 2)      # (2 B,)
         return factor * L + (1 - factor) * L.detach()

@@ -296,6 +296,7 @@ def test_standard_judge_has_the_interface_of_the_mini_one(stage, weights):
     assert judge.embed_captions(["he", "he he"]).shape == (2, 16)
 
 
+@pytest.mark.slow
 def test_evaluate_tool_on_folders(stage, weights, tmp_path, capsys):
     """Statistics saved and reused; the folder against itself is at distance 0; two processes count
     every image once; captions give a CLIP score."""

@@ -36,6 +36,7 @@ def test_the_chain_writes_what_its_docstrings_promise(chain):
     assert all(np.isfinite(float(row["held-out"])) for row in rows)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(chain, tmp_path):
     """Losses of 01 and 02 to rounding over all smoke steps, ratings of 03 to 1e-5; 05 runs.
 
@@ -125,6 +126,7 @@ def test_strata_decide_nothing(stage, chain, tmp_path, monkeypatch):
                ^ {row["key"] for row in read(tmp_path / name)}) <= 2       # ties at the edge
 
 
+@pytest.mark.slow
 def test_own_selections_as_arms(chain, tmp_path):
     shutil.copy(chain / "proxy.pt", tmp_path)          # its results.csv is another test's to read
     done = run(f"05_train_eval.py --smoke --out {tmp_path} --selected "
@@ -132,6 +134,7 @@ def test_own_selections_as_arms(chain, tmp_path):
     assert done.returncode == 0 and "selected-topk-0.5" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_own_pictures_without_strata_or_validation(stage, tmp_path):
     """A folder with a table goes through all five stages; 03 also rates pairs nobody trained on."""
     pairs = stage(1).draw_toy(400, 16, 0, "val")
@@ -168,6 +171,7 @@ def test_errors_are_one_line_with_the_cure(command, message, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.exists(), reason="the photographs are not part of the project")
 def test_chain_on_photographs(tmp_path):
     flags = f"--smoke --out {tmp_path}"

@@ -16,7 +16,8 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("evidence")
 
 
-@pytest.mark.parametrize("question", evidence.QUESTIONS)
+@pytest.mark.parametrize("question", [pytest.param(
+    name, marks=[pytest.mark.slow] * (name in ("models", "time"))) for name in evidence.QUESTIONS])
 def test_every_question_yields_its_table(folder, question, capsys, monkeypatch):
     """One row per case, every row as wide as its head."""
     for name, fewer in (("CASES", evidence.CASES[:2]), ("TABLE_3", ("preference pairs",)),

@@ -69,17 +69,18 @@ def compare(one, two, names):
 # Stage: files given to it, its results, and between which calls of what it is killed.
 KILLED = {
     "01_proxy.py": (0, ["proxy.pt", "proxy.csv"],
-                    {"01_proxy.descend": (3, 12), "os.replace": (2, 9)}),
+                    {"01_proxy.step_down": (3, 12), "os.replace": (2, 9)}),
     "02_meta_rater.py": (1, ["rater.pt", "rater.csv"],
-                         {"01_proxy.descend": (4, 36), "os.replace": (2, 9)}),
+                         {"01_proxy.step_down": (4, 36), "os.replace": (2, 9)}),
     "03_score.py --baselines": (2, ["ratings.csv"], {"os.replace": (2, 6),
                                                      "03_score.score_chunk": (1, 2)}),
     "05_train_eval.py": (4, ["results.csv"],
-                         {"01_proxy.descend": (3, 60), "os.replace": (3, 90)})}
+                         {"01_proxy.step_down": (3, 60), "os.replace": (3, 90)})}
 GIVEN = ("proxy.pt", "rater.pt", "ratings.csv", "ratings-loss.csv")
 
 
-@pytest.mark.parametrize("stage_file", KILLED)
+@pytest.mark.parametrize("stage_file", [
+    pytest.param(file, marks=[pytest.mark.slow] * (file[:2] != "01")) for file in KILLED])
 def test_killed_at_random_moments_and_continued_is_bit_identical(chain, tmp_path, stage_file):
     """SIGKILL inside a step, and in the middle of a save; then the plain command finishes."""
     rng, (given, results, places) = np.random.default_rng(len(stage_file)), KILLED[stage_file]
@@ -96,13 +97,14 @@ def test_killed_at_random_moments_and_continued_is_bit_identical(chain, tmp_path
     compare(chain, tmp_path, results)
 
 
+@pytest.mark.slow
 def test_killed_under_torchrun(chain, tmp_path):
     """The second of two processes is killed; the launcher ends the first; both continue."""
     for folder in ("broken", "whole"):
         (tmp_path / folder).mkdir()
         shutil.copy(chain / "proxy.pt", tmp_path / folder)
     command = "02_meta_rater.py --smoke --save-every 0 --signal loss --out "
-    done = run_deadly(tmp_path, f"{command}{tmp_path}/broken", "01_proxy.descend", 19,
+    done = run_deadly(tmp_path, f"{command}{tmp_path}/broken", "01_proxy.step_down", 19,
                       launcher=TORCHRUN)
     assert done.returncode and (tmp_path / "broken/rater-loss.progress").exists(), done.stderr
     for folder in ("broken", "whole"):
@@ -111,10 +113,11 @@ def test_killed_under_torchrun(chain, tmp_path):
     compare(tmp_path / "whole", tmp_path / "broken", ["rater-loss.pt", "rater-loss.csv"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+                                    signal.SIGTERM])
 def test_a_polite_stop_finishes_the_step_and_says_how_to_go_on(chain, tmp_path, number):
     command = f"01_proxy.py --smoke --out {tmp_path}"
-    done = run_deadly(tmp_path, command, "01_proxy.descend", 5, number)
+    done = run_deadly(tmp_path, command, "01_proxy.step_down", 5, number)
     assert done.returncode == 128 + number and "Traceback" not in done.stderr
     assert "stopped after step 5: the same command continues" in done.stdout
     done = run(f"02_meta_rater.py --smoke --out {tmp_path}")
@@ -123,10 +126,11 @@ def test_a_polite_stop_finishes_the_step_and_says_how_to_go_on(chain, tmp_path, 
     compare(chain, tmp_path, ["proxy.pt", "proxy.csv"])
 
 
+@pytest.mark.slow
 def test_a_stop_reaches_both_processes(chain, tmp_path):
     """Only one of two processes gets the signal; both save the same step and leave."""
     command = f"01_proxy.py --smoke --out {tmp_path}"
-    done = run_deadly(tmp_path, command, "01_proxy.descend", 4, signal.SIGTERM, TORCHRUN)
+    done = run_deadly(tmp_path, command, "01_proxy.step_down", 4, signal.SIGTERM, TORCHRUN)
     assert "stopped after step 4" in done.stdout, done.stderr
     assert run(command, TORCHRUN).returncode == 0
     losses = [[float(row["loss"]) for row in without_clock(folder / "proxy.csv")]
@@ -134,6 +138,7 @@ def test_a_stop_reaches_both_processes(chain, tmp_path):
     assert np.allclose(*losses, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_earlier_files_survive(chain, tmp_path):
     shutil.copy(chain / "proxy.pt", tmp_path)
     before = (tmp_path / "proxy.pt").read_bytes()
@@ -146,6 +151,7 @@ def test_a_full_disk_is_one_line_and_earlier_files_survive(chain, tmp_path):
         assert (tmp_path / "proxy.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(stage, tmp_path):
     with stage(1).lock_folder(tmp_path):
         done = run(f"01_proxy.py --smoke --out {tmp_path}")
@@ -181,6 +187,7 @@ def test_foreign_and_damaged_checkpoints_are_refused(unfinished):
         progress()
 
 
+@pytest.mark.slow
 def test_a_rater_of_another_proxy_is_refused(chain, tmp_path):
     for name in ("proxy.pt", "rater.pt"):
         shutil.copy(chain / name, tmp_path)

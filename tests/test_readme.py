@@ -28,6 +28,7 @@ def test_the_table_has_all_equations():
     assert found == {str(number) for number in range(1, 12)}
 
 
+@pytest.mark.slow
 def test_every_command_runs(stage, chain, tmp_path, monkeypatch):
     """Tiny and in the README's order, each on what those before it left."""
     shutil.copytree(chain, tmp_path / "out")

@@ -56,6 +56,7 @@ def test_index_is_kept_until_a_shard_changes(stage, tars, tmp_path, monkeypatch)
     assert len(stage(1).open_pairs(folder, 16, 8, tmp_path)) < 1300
 
 
+@pytest.mark.slow
 def test_resident_or_from_disk_gives_the_same_ratings(stage, tars, tmp_path, monkeypatch):
     """The chain on tars that fit into memory, and with a memory of 0 bytes."""
     folder, _ = tars
@@ -78,6 +79,7 @@ def test_resident_or_from_disk_gives_the_same_ratings(stage, tars, tmp_path, mon
     assert (out / "results.md").exists()
 
 
+@pytest.mark.slow
 def test_new_shards_hold_the_selected_pairs_byte_for_byte(stage, tars, tmp_path):
     folder, pairs = tars
     out = tmp_path / "out"

@@ -15,6 +15,7 @@ SCRIPTS = {"meta_gradient.py exact --smoke --seeds 1": "| 8 | 0.05 |",
            "departures.py additions weights --smoke --seeds 1": "| eq. 6, no entropy term"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_prints_its_table(command, tmp_path):
     done = subprocess.run([sys.executable, *f"tests/{command}".split(), "--out", str(tmp_path)],
@@ -23,6 +24,7 @@ def test_prints_its_table(command, tmp_path):
     assert SCRIPTS[command] in done.stdout
 
 
+@pytest.mark.slow
 def test_draws_the_figures_of_the_readme(chain):
     done = subprocess.run([sys.executable, "tests/figures.py", "--out", str(chain)], cwd=ROOT,
                           capture_output=True, text=True, timeout=600)
