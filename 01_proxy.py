@@ -27,6 +27,7 @@ Run      python 01_proxy.py                                   toy pairs, 15 s on
 import argparse
 import contextlib
 import csv
+import datetime
 import functools
 import glob
 import hashlib
@@ -68,6 +69,7 @@ VOCABULARY = 2048          # rows of the word table, a word's row is its CRC-32:
 CAPTION_DROPOUT = 0.1      # share of captions blanked in training, for classifier-free guidance
 TOY_PAIRS = {"train": 4000, "val": 1000, "test": 1000}
 SMOKE_PAIRS = {"train": 256, "val": 64, "test": 64}
+ANYHOW = ("out", "save_every")                             # options that change no result
 HELD_OUT = 20000           # trusted pairs at most, half for eq. 5 and half for stage 5
 
 
@@ -306,10 +308,7 @@ def parse_args(argv=None):
                      patch=(4, "pixels a side of a patch"), width=(64, "of the proxy"),
                      depth=(3, "blocks of the proxy"), batch_size=(64, "pairs, all processes"),
                      steps=(400, "of warm-up"), lr=(2e-3, "of the warm-up"))
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.steps, args.batch_size = 12, 16
-    return args
+    return parse(parser, argv, steps=12, batch_size=16)
 
 
 def load_data(args, device):
@@ -345,6 +344,7 @@ def main(args, device):
     pairs, _, test = load_data(args, device)
     proxy = build_proxy(args, device)
     progress = Progress(out / "proxy.progress", "01_proxy.py", vars(args), args.save_every)
+    progress.expect(args.steps, args.batch_size)
     points = {max(1, round(share * args.steps)) for share in (0.05, 0.2, 0.5, 1)}
     snapshots = progress.kept                              # {step: weights}
 
@@ -541,8 +541,9 @@ def ignore_interrupts(_):
 
 
 def find_rows(pairs, keys):
-    """Row (K,) of every key, -1 where there is none."""
-    known, wanted = pairs.hashes(), np.array([hash_key(key) for key in keys], "u8")
+    """Row (K,) of every key, -1 where there is none. keys: text, or an array of their hashes."""
+    known = pairs.hashes()
+    wanted = keys if isinstance(keys, np.ndarray) else np.fromiter(map(hash_key, keys), "u8")
     order = np.argsort(known)
     rows = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
     return np.where(known[rows] == wanted, rows, -1)
@@ -904,8 +905,10 @@ class Progress:
     Batches and random numbers depend on the seed and the step alone, so the networks, their
     optimisers and the step are the whole state, and a continued run ends bit for bit as an unbroken
     one (on a CPU). `log` holds a row of numbers per step, `kept` whatever else shall survive.
+    `settings` are the options and a `digest` of every input: with others nothing is continued.
     """
     running, stop = False, 0   # between the first step and `finish`; the signal that came
+    tell_every, goal = 10, 0   # seconds between two lines of `tell`; the steps that it counts to
 
     def __init__(self, path=None, written_by="", settings=None, save_every=60):
         self.path, self.written_by, self.settings = path, written_by, settings or {}
@@ -914,14 +917,27 @@ class Progress:
         if path and Path(path).exists():
             state = load(path, written_by)
             for name, value in self.settings.items():
-                if state["settings"].get(name) != value and name not in ("out", "save_every"):
+                if state["settings"].get(name) != value and name not in ANYHOW:
                     raise SystemExit(
                         f"{path} was begun with {name} = {state['settings'].get(name)}, not "
                         f"{value}: finish that run first, or delete the file to begin anew")
             self.step, self.seconds, self.kept = (state[k] for k in ("step", "seconds", "kept"))
             self.log, self.weights = state["log"].tolist(), state["weights"]
             print0(f"continuing from {path}")
-        self.now = self.saved = time.monotonic()
+        self.now = self.saved = self.told = time.monotonic()
+        self.told_step = self.step
+
+    def expect(self, steps, pairs):
+        """From now on tell every few seconds how far the way to `steps` of `pairs` each is."""
+        self.goal, self.step_pairs = steps, pairs
+
+    def tell(self):
+        if self.goal and self.now - self.told >= self.tell_every:
+            rate = max(self.step - self.told_step, 1) / (self.now - self.told + 1e-9)
+            left = datetime.timedelta(seconds=round((self.goal - self.step) / rate))
+            print0(f"step {self.step} of {self.goal}   {self.step_pairs * rate:,.0f} pairs a second"
+                   f"   {left} left")
+            self.told, self.told_step = self.now, self.step
 
     def attach(self, **parts):
         """Networks and optimisers to save, and to restore where the run was interrupted."""
@@ -942,6 +958,7 @@ class Progress:
         self.step += by
         now = time.monotonic()
         self.seconds, self.now = self.seconds + now - self.now, now
+        self.tell()
         if before_save:
             before_save()
         if stop or (self.path and now - self.saved >= self.save_every):
@@ -960,7 +977,8 @@ class Progress:
     def begin_next(self):
         """Start a new loop in the same file; `kept` remains."""
         self.step, self.seconds, self.log, self.parts = 0, 0.0, [], {}
-        self.now = time.monotonic()
+        self.now = self.told = time.monotonic()
+        self.told_step = 0
         self.save()
 
     def finish(self):
@@ -987,8 +1005,15 @@ def atomic_file(path, mode="w"):
                          "run the same command again; earlier files are as they were")
 
 
-def save(path, written_by, **state):
-    """State dicts, settings and numbers, from the first process."""
+def digest(path):
+    """Sixteen digits that stand for the contents of a file: what was made from it keeps them."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+
+
+def save(path, written_by, settings=(), **state):
+    """State dicts, settings and numbers, from the first process; equal results, equal bytes."""
+    state["settings"] = {name: settings[name] for name in settings if name not in ANYHOW}
     if rank() == 0:
         with atomic_file(path, "wb") as file:
             torch.save({"written_by": written_by, **state}, file)
@@ -1044,8 +1069,10 @@ def options(description, **defaults):
     parser = argparse.ArgumentParser(description=description.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of all results")
-    parser.add_argument("--seed", type=int, default=0, help="of every random draw")
-    parser.add_argument("--smoke", action="store_true", help="tiny run, to see that it works")
+    parser.add_argument("--seed", type=lambda text: count(text, 0), default=0,
+                        help="of every random draw")
+    parser.add_argument("--smoke", action="store_true",
+                        help="tiny run, to see that it works; what is typed beside it still counts")
     parser.add_argument("--save-every", type=float, default=60, metavar="SECONDS",
                         help="an interrupted run loses this much at most")
     for name, (default, text) in defaults.items():
@@ -1054,9 +1081,16 @@ def options(description, **defaults):
     return parser
 
 
-def count(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+def parse(parser, argv, **smoke):
+    """The options as typed; --smoke changes the defaults of those that are not."""
+    if parser.parse_known_args(argv)[0].smoke:
+        parser.set_defaults(**smoke)
+    return parser.parse_args(argv)
+
+
+def count(text, least=1):
+    if not text.isdecimal() or not least <= int(text) < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above {least - 1}")
     return int(text)
 
 

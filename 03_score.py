@@ -17,17 +17,21 @@ of 8 draws of t and eps, so eight and sixteen passes of a proxy; and three of th
 heuristics, which look at the picture alone: `clarity`, `frequency`, `edges`.
 
 Reads    out/proxy.pt, out/rater.pt                       (--signal loss: out/rater-loss.pt)
-Writes   out/ratings.csv, out/ratings.png (histogram), out/ratings-bands.png (pictures by
-         percentile, the paper's Fig. 5), out/ratings-dynamics.png (its Fig. 3)
-         (--signal loss: the same with ratings-loss)
+Writes   out/ratings.csv, out/ratings.npy (its column `rating`), out/ratings.json (what made them),
+         out/ratings.png (histogram), out/ratings-bands.png (pictures by percentile, the paper's
+         Fig. 5), out/ratings-dynamics.png (its Fig. 3)
+         (--signal loss: the same with ratings-loss; --data DIR: with ratings-of-DIR)
 Run      python 03_score.py                      half a minute on two cores, most for figures
          torchrun --nproc-per-node 2 -- 03_score.py
 """
 import csv
 import importlib
 import itertools
+import json
 import os
+import re
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +113,8 @@ def score_chunk(nets, part, companions, chunk, seed, with_baselines=False):
     f = nets["rater"].features(x, c)                                          # (B, D)
     instance = nets["rater"].logits(f)                                        # (B,)
     group = group_rating(nets["rater"], f, companions)                        # (B,)
-    columns = [instance, group, instance + group.log()]    # log W_i, but for eq. 7's normaliser
+    log_group = group.clamp_min(torch.finfo(group.dtype).tiny).log()          # finite at W_batch 0
+    columns = [instance, group, instance + log_group]      # log W_i, but for eq. 7's normaliser
     if with_baselines:
         rng = proxy_stage.seeded(x.device, seed, "score", chunk)
         columns += [*baselines(nets["proxy"], nets["ref"], x, c, rng), *heuristics(x).unbind(1)]
@@ -133,6 +138,7 @@ def score(nets, group_size, pairs, path, seed, progress, with_baselines=False):
     """Write the lines of `path` in corpus order; processes share the chunks, the first writes."""
     columns = ["key", *NUMBERS, *(BASELINES if with_baselines else []), "stratum"]
     progress.attach()
+    progress.expect(-(-len(pairs) // CHUNK), CHUNK)
     companions = draw_companions(nets["rater"], group_size, pairs, seed)      # (R, G - 1, D)
     starts = range(progress.step * CHUNK, len(pairs), CHUNK * proxy_stage.world())
     chunks = (np.arange(start, min(start + CHUNK, len(pairs)))
@@ -157,18 +163,38 @@ def score(nets, group_size, pairs, path, seed, progress, with_baselines=False):
                              before_save=lambda: os.fsync(file.fileno()), by=proxy_stage.world())
 
 
+def reopen(path, progress):
+    """Before a run is continued: its lines are where it left them, the last ones under `path`."""
+    part, size = Path(f"{path}.part"), progress.kept.get("bytes", 0)
+    if progress.step and not part.exists() and path.exists() and path.stat().st_size == size:
+        os.replace(path, part)                             # cut off while it drew its figures
+    if progress.step and not (part.exists() and part.stat().st_size >= size):
+        raise SystemExit(f"{part} is not as the interrupted run left it: delete {progress.path} to "
+                         "begin anew")
+
+
+def write_record(stem, **facts):
+    """STEM.npy with the ratings in the order of STEM.csv, and in STEM.json what made them."""
+    with open(f"{stem}.csv", encoding="utf-8", newline="") as lines:
+        place = next(csv.reader(lines)).index("rating")
+        ratings = np.loadtxt(lines, np.float32, usecols=place, delimiter=",", quotechar='"',
+                             comments=None, ndmin=1)       # six digits: nothing is lost
+    with proxy_stage.atomic_file(f"{stem}.npy", "wb") as file:
+        np.save(file, ratings)
+    files = [f"{stem}.csv", f"{stem}.npy"]
+    with proxy_stage.atomic_file(f"{stem}.json") as file:
+        json.dump({**facts, "files": {Path(name).name: proxy_stage.digest(name)
+                                      for name in files}}, file, indent=1)
+
+
 def read_table(path):
     """{column: (n,)} of up to SHOWN lines, spread evenly over the file."""
     with open(path, encoding="utf-8", newline="") as file:
-        columns = next(csv.reader(file))
         stride = max(1, sum(1 for _ in file) // SHOWN)
-    table = {}
-    for place, name in enumerate(columns):
-        with open(path, encoding="utf-8", newline="") as file:
-            table[name] = np.loadtxt(
-                itertools.islice(file, 1, None, stride), str if name in ("key", "stratum") else
-                float, usecols=place, delimiter=",", quotechar='"', comments=None, ndmin=1)
-    return table
+        file.seek(0)
+        columns, *lines = itertools.islice(csv.reader(file), 0, None, stride)
+    return {name: np.array(column, str if name in ("key", "stratum") else float)
+            for name, column in zip(columns, zip(*lines))}
 
 
 def percentiles(rating):
@@ -292,7 +318,7 @@ def load_nets(args, settings, device):
     """{proxy, ref, rater} as stage 2 left them, and its group size."""
     file = Path(args.out) / f"rater{rater_stage.suffix(args.signal)}.pt"
     saved = proxy_stage.load(file, f"02_meta_rater.py --signal {args.signal}")
-    if {**saved["proxy"], "out": args.out} != vars(settings):
+    if saved["proxy"] != proxy_stage.digest(Path(args.out) / "proxy.pt"):
         raise SystemExit(f"{file} grew from another {args.out}/proxy.pt: run 02_meta_rater.py "
                          f"--signal {args.signal} again")
     nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
@@ -300,6 +326,12 @@ def load_nets(args, settings, device):
     for name, net in nets.items():
         net.load_state_dict(saved["weights"][name])
     return nets, saved["settings"]["group_size"]
+
+
+def name_data(data):
+    """'shards/train-*.tar' -> '-of-shards-train': what is told apart by --data, no file name."""
+    words = re.findall(r"\w+", (data or "").removesuffix(".tar"))
+    return f"-of-{'-'.join(words)[-80:]}" if words else ""
 
 
 def main(args, device):
@@ -310,13 +342,22 @@ def main(args, device):
             args.data, settings.size, settings.words, args.out), proxy_stage.RESIDENT).to(device)
     else:
         pairs = proxy_stage.load_data(settings, device)[0]
-    stem = Path(args.out) / f"ratings{rater_stage.suffix(args.signal)}"
-    progress = proxy_stage.Progress(f"{stem}.progress", "03_score.py",
-                                    {**vars(args), "pairs": len(pairs)}, args.save_every)
+    suffix = rater_stage.suffix(args.signal)
+    stem = Path(args.out) / f"ratings{suffix}{name_data(args.data)}"
+    made_from = {name: proxy_stage.digest(Path(args.out) / name)
+                 for name in ("proxy.pt", f"rater{suffix}.pt")}
+    progress = proxy_stage.Progress(f"{stem}.progress", "03_score.py", {
+        **vars(args), "pairs": zlib.crc32(pairs.hashes()), **made_from}, args.save_every)
+    if proxy_stage.rank() == 0:
+        reopen(Path(f"{stem}.csv"), progress)
     score(nets, group_size, pairs, f"{stem}.csv.part", args.seed, progress, args.baselines)
+    progress.save()
     if proxy_stage.rank():
         return
     os.replace(f"{stem}.csv.part", f"{stem}.csv")
+    command = f"03_score.py --signal {args.signal}" + (f" --data {args.data}" if args.data else "")
+    write_record(stem, written_by=command, made_from=made_from,
+                 data=args.data and os.path.abspath(args.data))
     table = read_table(f"{stem}.csv")
     rating, strata = table["rating"], table["stratum"]
     percentile, rows = percentiles(rating), proxy_stage.find_rows(pairs, table["key"])
@@ -330,7 +371,8 @@ def main(args, device):
     draw_dynamics(f"{stem}-dynamics.png", settings, snapshots, pairs, rows, percentile,
                   draws=2 if args.smoke else 16)
     progress.finish()
-    print(f"\nwrote {stem}.csv and three figures: {len(pairs)} pairs in {progress.seconds:.1f} s")
+    print(f"\nwrote {stem}.csv, .npy, .json and three figures: {len(pairs)} pairs in "
+          f"{progress.seconds:.1f} s")
 
 
 if __name__ == "__main__":

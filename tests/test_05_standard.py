@@ -278,7 +278,7 @@ def weights(stage, inception, tmp_path):
     calibrated.load_state_dict(inception.state_dict() | {
         "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)})
     torch.save(calibrated.state_dict(), tmp_path / "inception.pt")
-    torch.save(make_clip_state(), tmp_path / "clip.pt")
+    torch.save(make_clip_state(words=515), tmp_path / "clip.pt")     # 512 symbols, a merge, two ends
     (tmp_path / "bpe.txt").write_text("#version\nh e\n")
     return [f"--inception={tmp_path}/inception.pt", f"--clip={tmp_path}/clip.pt",
             f"--clip-vocab={tmp_path}/bpe.txt"]
