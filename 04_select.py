@@ -158,10 +158,10 @@ def read_columns(path, name, hash_key):
             columns = next(csv.reader(file), [])
             if not {"key", name} <= set(columns):
                 raise ValueError(f"columns key and {name} are needed, it has {columns}")
-            places = [columns.index("key"), columns.index(name)]
-            table = np.loadtxt(file, [("key", "u8"), ("number", "f8")], delimiter=",",
-                               converters={places[0]: hash_key}, usecols=places, quotechar='"',
-                               comments=None, encoding="utf-8", ndmin=1)
+            places = [columns.index(found) for found in dict.fromkeys(["key", name])]
+            table = np.loadtxt(file, [("key", "u8"), ("number", "f8")][:len(places)],
+                               delimiter=",", converters={places[0]: hash_key}, usecols=places,
+                               quotechar='"', comments=None, encoding="utf-8", ndmin=1)
         if not len(table):
             raise ValueError("no line follows the names of its columns")
     except UnicodeError:
@@ -174,7 +174,7 @@ def read_columns(path, name, hash_key):
         again = np.setdiff1d(np.arange(len(table)), first)[:1]
         raise SystemExit(f"{path}: key {next(read_keys(path, again))[0]} stands there more than "
                          f"once, again in row {again[0] + 1}")
-    return table["key"], table["number"]
+    return table["key"], table[table.dtype.names[-1]]
 
 
 def read_keys(path, rows):

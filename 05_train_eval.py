@@ -111,7 +111,8 @@ ARMS = {                   # --arms: the default, and the paper's tables and fig
 }
 
 
-read_once = functools.cache(select_stage.read_ratings)     # of each file, for all arms and seeds
+read_once, check_once = map(functools.cache, (             # of each file, for all arms and seeds
+    select_stage.read_ratings, select_stage.read_record))
 
 
 def find_file(arm, out):
@@ -125,6 +126,7 @@ def choose_rows(arm, pairs, out, seed):
     if not path:
         return (np.arange(len(pairs)) if arm.keep == 1 else
                 select_stage.select(np.zeros(len(pairs)), "random", arm.keep, seed=seed)[0])
+    check_once(path, out, proxy_stage.print0)
     if select_stage.is_array(path):
         return select_stage.read_rows(path, len(pairs))
     hashes, rating = read_once(path, "key" if arm.file else arm.rank_by, proxy_stage.hash_key)
@@ -139,7 +141,8 @@ def choose_rows(arm, pairs, out, seed):
 
 def list_arms(args, pairs):
     """The arms of --arms whose ratings exist; or full, random and one per --selected file."""
-    read_once.cache_clear()
+    for cached in (read_once, check_once):
+        cached.cache_clear()
     if args.selected:
         stems = [Path(file).stem for file in args.selected]
         names = [stem if stems.count(stem) == 1 and not re.match("full$|random ", stem)
@@ -163,8 +166,6 @@ def list_arms(args, pairs):
 
 def count_steps(arms, args, settings, pairs):
     """Steps of every arm: all that they read is read here, before any training. Says the cost."""
-    for file in dict.fromkeys(filter(None, (find_file(arm, args.out) for arm in arms))):
-        select_stage.read_record(file, args.out, proxy_stage.print0)
     sizes = [len(choose_rows(arm, pairs, args.out, args.seed)) for arm in arms]
     if min(sizes) < args.batch_size:
         raise SystemExit(f"{arms[np.argmin(sizes)].name}: {min(sizes)} pairs are fewer than "
