@@ -357,7 +357,9 @@ def main(args, device):
 
     train(proxy, pairs, args.steps, args.batch_size, args.lr, args.seed, progress=progress,
           after=after)
-    save(out / "proxy.pt", "01_proxy.py", settings=vars(args), snapshots=snapshots)
+    save(out / "proxy.pt", "01_proxy.py", settings=vars(args), snapshots={
+        step: {sys.intern(name): value for name, value in weights.items()}    # each name once: a
+        for step, weights in snapshots.items()})           # continued run saves the same bytes
     write_csv(out / "proxy.csv", ["step", "loss", "grad_norm"],
               [(k, *row) for k, row in enumerate(progress.log, 1)])
     draw_figure(out / "proxy.png", proxy, [loss for loss, _ in progress.log], test, args.seed)

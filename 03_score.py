@@ -56,12 +56,13 @@ def group_rating(rater, f, companions):
     """Mean W_batch (B,) over R groups: each pair's features f (B, D) beside the same companions.
 
     companions (R, G - 1, D). A group's mean and variance follow from sums, so that a group costs
-    as much as a pair.
+    as much as a pair. Never 0, so that a collapsed rater's ratings are finite, too.
     """
     size, f = companions.shape[1] + 1, f[:, None]                             # (B, 1, D)
     mean = (f + companions.sum(1)) / size                                     # (B, R, D)
     var = (f.square() + companions.square().sum(1)) / size - mean.square()    # (B, R, D)
-    return rater.group_weight(mean, var).mean((1, 2))                         # (B,)
+    W_batch = rater.group_weight(mean, var).mean((1, 2))                      # (B,)
+    return W_batch.clamp_min(torch.finfo(W_batch.dtype).tiny)
 
 
 def baselines(proxy, ref, x, c, rng):
@@ -113,8 +114,7 @@ def score_chunk(nets, part, companions, chunk, seed, with_baselines=False):
     f = nets["rater"].features(x, c)                                          # (B, D)
     instance = nets["rater"].logits(f)                                        # (B,)
     group = group_rating(nets["rater"], f, companions)                        # (B,)
-    log_group = group.clamp_min(torch.finfo(group.dtype).tiny).log()          # finite at W_batch 0
-    columns = [instance, group, instance + log_group]      # log W_i, but for eq. 7's normaliser
+    columns = [instance, group, instance + group.log()]    # log W_i, but for eq. 7's normaliser
     if with_baselines:
         rng = proxy_stage.seeded(x.device, seed, "score", chunk)
         columns += [*baselines(nets["proxy"], nets["ref"], x, c, rng), *heuristics(x).unbind(1)]
