@@ -578,9 +578,9 @@ def open_pairs(path, size, words, out=None):
     again = np.ones(len(entries), bool)
     again[np.unique(entries["hash"], return_index=True)[1]] = False           # the first of a key
     pairs = Shards(sources, entries[~again], size, words)
-    seen = Shards(sources, entries[again], size, words)
-    for row, key in enumerate(seen.name(range(len(seen)))):
-        skipped.setdefault("key seen before", {})[f"{key} ({row})"] = True
+    if again.any():
+        (key,), rest = Shards(sources, entries[again], size, words).name([0]), again.sum() - 1
+        skipped["key seen before"] = dict.fromkeys([key, *range(rest)])       # the first by name
     print_skipped(skipped)
     if not len(pairs):
         raise SystemExit(f"{path}: no readable pair; README, 'Your own pairs', has the layouts")
@@ -753,18 +753,17 @@ def keep_resident(pairs, limit=np.inf):
         return pairs
     parts = [part for _, part in pairs.parts(np.array_split(np.arange(len(pairs)),
                                                             len(pairs) // 256 + 1))]
-    captions = sum((part.captions for part in parts), [])
+    keys, captions, strata = ([text for part in parts for text in getattr(part, name)]
+                              for name in ("keys", "captions", "strata"))
     longer = np.mean([len(find_word_rows(caption)) > pairs.words for caption in captions or [""]])
     if longer > 0.05:
         print0(f"{longer:.0%} of the captions are longer than --words {pairs.words} and are cut")
     return Pairs(torch.cat([part.images for part in parts]),
-                 torch.cat([part.tokens for part in parts]),
-                 sum((part.keys for part in parts), []), captions,
-                 sum((part.strata for part in parts), []))
+                 torch.cat([part.tokens for part in parts]), keys, captions, strata)
 
 
 # ---- plumbing for all five stages: batches, processes, files, options -------------------------
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)                            # of training and of validation pairs
 def shuffle(n, seed, epoch):
     return np.random.default_rng([seed, epoch, n]).permutation(n)
 
@@ -847,7 +846,7 @@ def gather_lists(items):
         return items
     lists = [None] * world() if rank() == 0 else None
     dist.gather_object(items, lists)
-    return sum(lists, []) if rank() == 0 else []
+    return [item for part in lists for item in part] if rank() == 0 else []
 
 
 def wait_for_all():

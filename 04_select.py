@@ -39,6 +39,7 @@ import json
 import os
 import tarfile
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -283,16 +284,27 @@ def write_shards(folder, out, data, keys, rows, per_shard=10000):
         raise SystemExit(f"{data} does not hold all selected pairs: the ratings are of "
                          "other data")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for number, part in enumerate(np.split(rows, range(per_shard, len(rows), per_shard))):
-        with proxy_stage.atomic_file(Path(folder) / f"{number:06d}.tar", "wb") as file:
-            with tarfile.open(fileobj=file, mode="w") as tar:
-                for row in part:
-                    key, files = pairs.read(row)
-                    for kind, data in files.items():
-                        member = tarfile.TarInfo(key + kind)
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
-        print(f"{folder}/{number:06d}.tar: {number * per_shard + len(part)} of {len(rows)} pairs")
+    parts = np.split(rows, range(per_shard, len(rows), per_shard))
+    files = [Path(folder) / f"{number:06d}.tar" for number in range(len(parts))]
+    done = 0
+    with ProcessPoolExecutor(min(len(parts), os.cpu_count())) as pool:
+        for file, part in zip(files, pool.map(write_shard, files, map(pairs.take, parts))):
+            done += part
+            print(f"{file}: {done} of {len(rows)} pairs")
+
+
+def write_shard(file, pairs):
+    """One tar of all these pairs; returns their number."""
+    proxy_stage = importlib.import_module("01_proxy")
+    with (proxy_stage.atomic_file(file, "wb") as whole,
+          tarfile.open(fileobj=whole, mode="w") as tar):
+        for row in range(len(pairs)):
+            key, files = pairs.read(row)
+            for kind, data in files.items():
+                member = tarfile.TarInfo(key + kind)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return len(pairs)
 
 
 def draw_figure(path, n, w, args):
