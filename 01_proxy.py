@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import datetime
 import functools
 import glob
 import hashlib
@@ -74,6 +75,7 @@ CAPTION_DROPOUT = 0.1      # share of captions blanked in training, for classifi
 NOISE_ROWS = 32            # pairs of a batch whose noise is drawn from one seed
 TOY_PAIRS = {"train": 4000, "val": 1000, "test": 1000}
 SMOKE_PAIRS = {"train": 256, "val": 64, "test": 64}
+ANYHOW = ("out", "save_every")                             # options that change no result
 HELD_OUT = 20000           # trusted pairs at most, half for eq. 5 and half for stage 5
 DATASETS = ("FashionMNIST", "MNIST", "CIFAR10", "CIFAR100")        # of torchvision
 DATASET_TRUSTED = 1000     # of their training split for eq. 5, of their test split for stage 5
@@ -432,9 +434,7 @@ def parse_args(argv=None):
                      depth=(3, "blocks of the proxy"), batch_size=(64, "pairs, all processes"),
                      steps=(400, "of warm-up"), lr=(2e-3, "of the warm-up"))
     parser.add_argument("--pairs", type=count, help="take so many training pairs, not all")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.steps, args.batch_size = 12, 16
+    args = parse(parser, argv, steps=12, batch_size=16)
     read_plant(args.plant)
     args.root = os.path.abspath(args.root)                 # later stages may run elsewhere
     return args
@@ -493,6 +493,7 @@ def main(args, device):
     pairs = keep_decoded(pairs, out)
     proxy = build_proxy(args, device)
     progress = Progress(out / "proxy.progress", "01_proxy.py", vars(args), args.save_every)
+    progress.expect(args.steps, args.batch_size)
     points = {max(1, round(share * args.steps)) for share in (0.05, 0.2, 0.5, 1)}
     snapshots = progress.kept                              # {step: weights}
 
@@ -506,7 +507,9 @@ def main(args, device):
 
     train(proxy, pairs, args.steps, args.batch_size, args.lr, args.seed, progress=progress,
           after=after)
-    save(out / "proxy.pt", "01_proxy.py", settings=vars(args), snapshots=snapshots)
+    save(out / "proxy.pt", "01_proxy.py", settings=vars(args), snapshots={
+        step: {sys.intern(name): value for name, value in weights.items()}    # each name once: a
+        for step, weights in snapshots.items()})           # continued run saves the same bytes
     write_csv(out / "proxy.csv", ["step", "loss", "grad_norm"],
               [(k, *row) for k, row in enumerate(progress.log, 1)])
     verdict = say("captions are {}read", read_captions(proxy, val, args.seed), 0.5, 0.75,
@@ -713,8 +716,9 @@ def obey_parent(*_):
 
 
 def find_rows(pairs, keys):
-    """Row (K,) of every key, -1 where there is none."""
-    known, wanted = pairs.hashes(), np.array([hash_key(key) for key in keys], "u8")
+    """Row (K,) of every key, -1 where there is none. keys: text, or an array of their hashes."""
+    known = pairs.hashes()
+    wanted = keys if isinstance(keys, np.ndarray) else np.fromiter(map(hash_key, keys), "u8")
     order = np.argsort(known)
     rows = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
     return np.where(known[rows] == wanted, rows, -1)
@@ -793,9 +797,9 @@ def open_pairs(path, size, words, out=None):
     again = np.ones(len(entries), bool)
     again[np.unique(entries["hash"], return_index=True)[1]] = False           # the first of a key
     pairs = Shards(sources, entries[~again], size, words)
-    seen = Shards(sources, entries[again], size, words)
-    for row, key in enumerate(seen.name(range(len(seen)))):
-        skipped.setdefault("key seen before", {})[f"{key} ({row})"] = True
+    if again.any():
+        (key,), rest = Shards(sources, entries[again], size, words).name([0]), again.sum() - 1
+        skipped["key seen before"] = dict.fromkeys([key, *range(rest)])       # the first by name
     print_skipped(skipped)
     if not len(pairs):
         raise SystemExit(f"{path}: no readable pair; README, 'Your own pairs', has the layouts")
@@ -1019,10 +1023,10 @@ def keep_decoded(pairs, out):
 
 # ---- plumbing for all five stages: batches, processes, files, options -------------------------
 LAUNCHER = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}    # set by torchrun, all of them
-ANEW = {"out", "save_every", "micro_batch", "memory", "compile"}   # a continued run may change them
+ANEW = (*ANYHOW, "micro_batch", "memory", "compile")   # a continued run may change them
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)                            # of training and of validation pairs
 def shuffle(n, seed, epoch):
     return np.random.default_rng([seed, epoch, n]).permutation(n)
 
@@ -1211,8 +1215,10 @@ class Progress:
     Batches and random numbers depend on the seed and the step alone, so the networks, their
     optimisers and the step are the whole state, and a continued run ends bit for bit as an unbroken
     one (on a CPU). `log` holds a row of numbers per step, `kept` whatever else shall survive.
+    `settings` are the options and a `digest` of every input: with others nothing is continued.
     """
     running, stop = False, 0   # between the first step and `finish`; the signal that came
+    tell_every, goal = 10, 0   # seconds between two lines of `tell`; the steps that it counts to
 
     def __init__(self, path=None, written_by="", settings=None, save_every=60):
         self.path, self.written_by, self.settings = path, written_by, settings or {}
@@ -1229,7 +1235,20 @@ class Progress:
             self.step, self.seconds, self.kept = (state[k] for k in ("step", "seconds", "kept"))
             self.log, self.weights = state["log"].tolist(), state["weights"]
             print0(f"continuing from {path}")
-        self.now = self.saved = time.monotonic()
+        self.now = self.saved = self.told = time.monotonic()
+        self.told_step = self.step
+
+    def expect(self, steps, pairs):
+        """From now on tell every few seconds how far the way to `steps` of `pairs` each is."""
+        self.goal, self.step_pairs = steps, pairs
+
+    def tell(self):
+        if self.goal and self.now - self.told >= self.tell_every:
+            rate = max(self.step - self.told_step, 1) / (self.now - self.told + 1e-9)
+            left = datetime.timedelta(seconds=round((self.goal - self.step) / rate))
+            print0(f"step {self.step} of {self.goal}   {self.step_pairs * rate:,.0f} pairs a second"
+                   f"   {left} left")
+            self.told, self.told_step = self.now, self.step
 
     def attach(self, **parts):
         """Networks and optimisers to save, and to restore where the run was interrupted."""
@@ -1276,6 +1295,7 @@ class Progress:
             self.stopping = max(self.stopping, stop)
         now = time.monotonic()
         self.seconds, self.now = self.seconds + now - self.now, now
+        self.tell()
         return self.log
 
     def save(self):
@@ -1288,7 +1308,8 @@ class Progress:
     def begin_next(self):
         """Start a new loop in the same file; `kept` remains."""
         self.step, self.seconds, self.log, self.parts = 0, 0.0, [], {}
-        self.now = time.monotonic()
+        self.now = self.told = time.monotonic()
+        self.told_step = 0
         self.save()
 
     def finish(self):
@@ -1315,8 +1336,15 @@ def atomic_file(path, mode="w"):
                          "run the same command again; earlier files are as they were")
 
 
-def save(path, written_by, **state):
-    """State dicts, settings and numbers, from the first process."""
+def digest(path):
+    """Sixteen digits that stand for the contents of a file: what was made from it keeps them."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+
+
+def save(path, written_by, settings=(), **state):
+    """State dicts, settings and numbers, from the first process; equal results, equal bytes."""
+    state["settings"] = {name: settings[name] for name in settings if name not in ANYHOW}
     if rank() == 0:
         with atomic_file(path, "wb") as file:
             torch.save({"written_by": written_by, **state}, file)
@@ -1372,8 +1400,10 @@ def options(description, **defaults):
     parser = argparse.ArgumentParser(description=description.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of all results")
-    parser.add_argument("--seed", type=int, default=0, help="of every random draw")
-    parser.add_argument("--smoke", action="store_true", help="tiny run, to see that it works")
+    parser.add_argument("--seed", type=lambda text: count(text, 0), default=0,
+                        help="of every random draw")
+    parser.add_argument("--smoke", action="store_true",
+                        help="tiny run, to see that it works; what is typed beside it still counts")
     parser.add_argument("--save-every", type=float, default=60, metavar="SECONDS",
                         help="an interrupted run loses this much at most")
     parser.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
@@ -1390,9 +1420,16 @@ def options(description, **defaults):
     return parser
 
 
-def count(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+def parse(parser, argv, **smoke):
+    """The options as typed; --smoke changes the defaults of those that are not."""
+    if parser.parse_known_args(argv)[0].smoke:
+        parser.set_defaults(**smoke)
+    return parser.parse_args(argv)
+
+
+def count(text, least=1):
+    if not text.isdecimal() or not least <= int(text) < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above {least - 1}")
     return int(text)
 
 

@@ -267,10 +267,7 @@ def parse_args(argv=None):
         tau=(1.0, "weight of the entropy term (added)"))
     parser.add_argument("--signal", choices=["difference", "loss"], default="difference",
                         help="eq. 6, or eq. 9 as in the released code")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.steps, args.batch_size, args.group_size = 12, 16, 8
-    return args
+    return proxy_stage.parse(parser, argv, steps=12, batch_size=16, group_size=8)
 
 
 def suffix(signal):
@@ -298,11 +295,13 @@ def main(args, device):
 
     (_, probe), = pairs.parts([np.arange(min(PROBE, len(pairs)))])
     file = Path(args.out) / f"rater{suffix(args.signal)}"
+    proxy_digest = proxy_stage.digest(Path(args.out) / "proxy.pt")
     progress = proxy_stage.Progress(f"{file}.progress", "02_meta_rater.py",
-                                    {**vars(args), "proxy": vars(settings)}, args.save_every)
+                                    {**vars(args), "proxy.pt": proxy_digest}, args.save_every)
+    progress.expect(args.steps, args.batch_size)
     learn(nets, pairs, val, args, probe.batch(np.arange(len(probe))), progress)
     rows = [[k, *row] for k, row in enumerate(progress.log, 1)]
-    proxy_stage.save(f"{file}.pt", "02_meta_rater.py", settings=vars(args), proxy=vars(settings),
+    proxy_stage.save(f"{file}.pt", "02_meta_rater.py", settings=vars(args), proxy=proxy_digest,
                      weights={name: net.state_dict() for name, net in nets.items()})
     proxy_stage.write_csv(f"{file}.csv", COLUMNS, rows)
     seen = progress.kept["seen"]

@@ -20,19 +20,23 @@ pairs of stage 2. Three of the paper's heuristics look at the picture alone: `cl
 `frequency`, `edges`.
 
 Reads    out/proxy.pt, out/rater.pt                       (--signal loss: out/rater-loss.pt)
-Writes   out/ratings.csv, out/ratings.png (histogram), out/ratings-bands.png (pictures by
-         percentile, the paper's Fig. 5), out/ratings-dynamics.png (its Fig. 3)
-         (--signal loss: the same with ratings-loss)
+Writes   out/ratings.csv, out/ratings.npy (its column `rating`), out/ratings.json (what made them),
+         out/ratings.png (histogram), out/ratings-bands.png (pictures by percentile, the paper's
+         Fig. 5), out/ratings-dynamics.png (its Fig. 3)
+         (--signal loss: the same with ratings-loss; --data DIR: with ratings-of-DIR)
 Run      python 03_score.py                      half a minute on two cores, most for figures
          torchrun --nproc-per-node 2 -- 03_score.py
 """
 import csv
 import importlib
 import itertools
+import json
 import math
 import os
+import re
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +67,13 @@ def group_rating(rater, f, companions):
     """Mean W_batch (B,) over R groups: each pair's features f (B, D) beside the same companions.
 
     companions (R, G - 1, D). A group's mean and variance follow from sums, so that a group costs
-    as much as a pair.
+    as much as a pair. Never 0, so that a collapsed rater's ratings are finite, too.
     """
     size, f = companions.shape[1] + 1, f[:, None]                             # (B, 1, D)
     mean = (f + companions.sum(1)) / size                                     # (B, R, D)
     var = (f.square() + companions.square().sum(1)) / size - mean.square()    # (B, R, D)
-    return rater.group_weight(mean, var).mean((1, 2))                         # (B,)
+    W_batch = rater.group_weight(mean, var).mean((1, 2))                      # (B,)
+    return W_batch.clamp_min(torch.finfo(W_batch.dtype).tiny)
 
 
 def baselines(proxy, ref, x, c, rng):
@@ -158,6 +163,7 @@ def score(nets, group_size, pairs, path, seed, progress, with_baselines=False):
     """Write the lines of `path` in corpus order; processes share the chunks, the first writes."""
     columns = ["key", *NUMBERS, *(BASELINES if with_baselines else []), "stratum"]
     progress.attach()
+    progress.expect(-(-len(pairs) // CHUNK), CHUNK)
     companions = draw_companions(nets["rater"], group_size, pairs, seed)      # (R, G - 1, D)
     starts = range(progress.step * CHUNK, len(pairs), CHUNK * proxy_stage.world())
     chunks = (np.arange(start, min(start + CHUNK, len(pairs)))
@@ -182,18 +188,38 @@ def score(nets, group_size, pairs, path, seed, progress, with_baselines=False):
                              before_save=lambda: os.fsync(file.fileno()), by=proxy_stage.world())
 
 
+def reopen(path, progress):
+    """Before a run is continued: its lines are where it left them, the last ones under `path`."""
+    part, size = Path(f"{path}.part"), progress.kept.get("bytes", 0)
+    if progress.step and not part.exists() and path.exists() and path.stat().st_size == size:
+        os.replace(path, part)                             # cut off while it drew its figures
+    if progress.step and not (part.exists() and part.stat().st_size >= size):
+        raise SystemExit(f"{part} is not as the interrupted run left it: delete {progress.path} to "
+                         "begin anew")
+
+
+def write_record(stem, **facts):
+    """STEM.npy with the ratings in the order of STEM.csv, and in STEM.json what made them."""
+    with open(f"{stem}.csv", encoding="utf-8", newline="") as lines:
+        place = next(csv.reader(lines)).index("rating")
+        ratings = np.loadtxt(lines, np.float32, usecols=place, delimiter=",", quotechar='"',
+                             comments=None, ndmin=1)       # six digits: nothing is lost
+    with proxy_stage.atomic_file(f"{stem}.npy", "wb") as file:
+        np.save(file, ratings)
+    files = [f"{stem}.csv", f"{stem}.npy"]
+    with proxy_stage.atomic_file(f"{stem}.json") as file:
+        json.dump({**facts, "files": {Path(name).name: proxy_stage.digest(name)
+                                      for name in files}}, file, indent=1)
+
+
 def read_table(path):
     """{column: (n,)} of up to SHOWN lines, spread evenly over the file."""
     with open(path, encoding="utf-8", newline="") as file:
-        columns = next(csv.reader(file))
         stride = max(1, sum(1 for _ in file) // SHOWN)
-    table = {}
-    for place, name in enumerate(columns):
-        with open(path, encoding="utf-8", newline="") as file:
-            table[name] = np.loadtxt(
-                itertools.islice(file, 1, None, stride), str if name in ("key", "stratum") else
-                float, usecols=place, delimiter=",", quotechar='"', comments=None, ndmin=1)
-    return table
+        file.seek(0)
+        columns, *lines = itertools.islice(csv.reader(file), 0, None, stride)
+    return {name: np.array(column, str if name in ("key", "stratum") else float)
+            for name, column in zip(columns, zip(*lines))}
 
 
 def percentiles(rating):
@@ -397,7 +423,7 @@ def load_nets(args, settings, device):
     """{proxy, ref, rater} as stage 2 left them, and its group size."""
     file = Path(args.out) / f"rater{rater_stage.suffix(args.signal)}.pt"
     saved = proxy_stage.load(file, f"02_meta_rater.py --signal {args.signal}")
-    if {**saved["proxy"], "out": args.out} != vars(settings):
+    if saved["proxy"] != proxy_stage.digest(Path(args.out) / "proxy.pt"):
         raise SystemExit(f"{file} grew from another {args.out}/proxy.pt: run 02_meta_rater.py "
                          f"--signal {args.signal} again")
     nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
@@ -405,6 +431,12 @@ def load_nets(args, settings, device):
     for name, net in nets.items():
         net.load_state_dict(saved["weights"][name])
     return nets, saved["settings"]["group_size"]
+
+
+def name_data(data):
+    """'shards/train-*.tar' -> '-of-shards-train': what is told apart by --data, no file name."""
+    words = re.findall(r"\w+", (data or "").removesuffix(".tar"))
+    return f"-of-{'-'.join(words)[-80:]}" if words else ""
 
 
 def main(args, device):
@@ -416,13 +448,22 @@ def main(args, device):
             args.data, settings.size, settings.words, args.out), proxy_stage.RESIDENT).to(device)
     if args.baselines:                                     # stage 5's judge has other pairs
         nets["contrast"] = train_contrast(val, 20 if args.smoke else CONTRAST_STEPS, args.seed + 1)
-    stem = Path(args.out) / f"ratings{rater_stage.suffix(args.signal)}"
-    progress = proxy_stage.Progress(f"{stem}.progress", "03_score.py",
-                                    {**vars(args), "pairs": len(pairs)}, args.save_every)
+    suffix = rater_stage.suffix(args.signal)
+    stem = Path(args.out) / f"ratings{suffix}{name_data(args.data)}"
+    made_from = {name: proxy_stage.digest(Path(args.out) / name)
+                 for name in ("proxy.pt", f"rater{suffix}.pt")}
+    progress = proxy_stage.Progress(f"{stem}.progress", "03_score.py", {
+        **vars(args), "pairs": zlib.crc32(pairs.hashes()), **made_from}, args.save_every)
+    if proxy_stage.rank() == 0:
+        reopen(Path(f"{stem}.csv"), progress)
     score(nets, group_size, pairs, f"{stem}.csv.part", args.seed, progress, args.baselines)
+    progress.save()
     if proxy_stage.rank():
         return
     os.replace(f"{stem}.csv.part", f"{stem}.csv")
+    command = f"03_score.py --signal {args.signal}" + (f" --data {args.data}" if args.data else "")
+    write_record(stem, written_by=command, made_from=made_from,
+                 data=args.data and os.path.abspath(args.data))
     table = read_table(f"{stem}.csv")
     rating, strata = table["rating"], table["stratum"]
     percentile, rows = percentiles(rating), proxy_stage.find_rows(pairs, table["key"])
@@ -438,7 +479,8 @@ def main(args, device):
     draw_dynamics(f"{stem}-dynamics.png", settings, snapshots, pairs, rows, percentile,
                   draws=2 if args.smoke else 16)
     progress.finish()
-    print(f"\nwrote {stem}.csv and three figures: {len(pairs)} pairs in {progress.seconds:.1f} s")
+    print(f"\nwrote {stem}.csv, .npy, .json and three figures: {len(pairs)} pairs in "
+          f"{progress.seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -28,11 +28,18 @@ Run      python 04_select.py --method topk                    suits eq. 6
          python 04_select.py --ratings out/ratings-loss.csv   the paper's rule, suits eq. 9
 """
 import argparse
+import collections
+import contextlib
 import csv
+import hashlib
 import importlib
 import io
+import itertools
+import json
 import os
 import tarfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -76,7 +83,8 @@ def select(rating, method, keep, drop=0.25, mean=0.5, std=0.15, seed=0):
     first = np.searchsorted(w, start)
     if not 0 < count <= len(w) - first:
         raise ValueError(f"keep {count} of {len(w)} pairs, but drop {start:g} leaves "
-                         f"{len(w) - first}")
+                         f"{len(w) - first}: "
+                         + ("lower --keep or --drop" if count else "raise --keep"))
     if method in ("topk", "block"):
         chosen = first + np.arange(count)
     elif method == "random":
@@ -90,12 +98,17 @@ def sort_rows(rating):
     """Row numbers (N,) from the highest rating to the lowest; equal ones keep their order.
 
     np.argsort(-rating, kind="stable") in a fifth of its time: sorts float32 bits and row as one.
+    Where float32 is too coarse for that order, argsort it is.
     """
-    bits = (0 - rating.astype(np.float32)).view(np.int32)
+    with np.errstate(over="ignore"):
+        bits = (0 - rating.astype(np.float32)).view(np.int32)
     bits ^= (bits >> 31) & 0x7FFFFFFF                      # integers in the order of the floats
     both = (bits.astype(np.int64) << 32) | np.arange(len(rating))
     both.sort()
-    return both & 0xFFFFFFFF
+    rows = both & 0xFFFFFFFF
+    sorted_ = rating[rows]
+    exact = (sorted_[1:] <= sorted_[:-1]).all()
+    return rows if exact else np.argsort(-rating, kind="stable")
 
 
 def join(ratings):
@@ -107,86 +120,199 @@ def join(ratings):
 
 
 # ---- files -----------------------------------------------------------------------------------
-def read_ratings(path, rank_by):
-    """keys (N,) or None, rating (N,) and strata (N,) or None of a CSV of stage 3, or of a .npy.
+def read_ratings(path, rank_by, hash_key=lambda key: hash(key) & 0xFFFFFFFFFFFFFFFF):
+    """Hashes of the keys (N,) and ratings (N,) of a CSV, line by line; for a .npy None and (N,).
 
-    Of the columns `loss` and `difference` a low value is rated high, so their sign is turned.
+    Hashes, as thirty million keys are gigabytes; `read_keys` reads the chosen ones again. Of the
+    columns `loss` and `difference` a low value is rated high, so their sign is turned.
     """
-    keys = strata = None
-    if path.suffix == ".npy":
-        rating = read_rows(path, float)
+    if is_array(path):
+        hashes, rating = None, read_array(path, "iuf")
+        rating = rating.astype(float) if rating.dtype.kind == "u" else rating
     else:
-        with open(path, encoding="utf-8", newline="") as file:
-            columns = next(csv.reader(file), [])
-        if not {"key", rank_by} <= set(columns):
-            raise SystemExit(f"{path}: columns key and {rank_by} are needed, it has {columns}")
-        rating = read_column(path, columns.index(rank_by), float)
-        keys = read_column(path, columns.index("key"), str)
-        strata = read_column(path, columns.index("stratum"), str) if "stratum" in columns else None
+        hashes, rating = read_columns(path, rank_by, hash_key)
     if not np.isfinite(rating).all():
         raise SystemExit(f"{path}: {rank_by} is not a number in row "
                          f"{np.isfinite(rating).argmin() + 1}")
-    if keys is not None:
-        order = np.argsort(keys, kind="stable")
-        again = order[1:][keys[order[1:]] == keys[order[:-1]]]
-        if len(again):
-            raise SystemExit(f"{path}: key {keys[again.min()]} stands there more than once, again "
-                             f"in row {again.min() + 1}")
-    return keys, -rating if rank_by in ("loss", "difference") else rating, strata
+    return hashes, -rating if rank_by in ("loss", "difference") else rating
 
 
-def read_rows(path, kind):
-    """A .npy of one number per row, (N,)."""
+def is_array(path):
+    return Path(path).suffix.lower() == ".npy"
+
+
+def read_array(path, kinds):
+    """A .npy of one number per row, (N,), of one of these numpy kinds."""
     try:
+        with open(path, "rb") as file:
+            if file.read(6) != b"\x93NUMPY":
+                raise ValueError("it is another kind of file")
         values = np.load(path, allow_pickle=False)
-        return values.astype(kind).reshape(len(values))
-    except (OSError, ValueError, TypeError) as error:
-        raise SystemExit(f"{path} is no .npy with one number per row: {error}")
+        if values.dtype.kind not in kinds or not 0 < len(values) == values.size:
+            raise ValueError(f"it holds {values.dtype} of shape {values.shape}")
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        raise SystemExit(f"{path} is no .npy of one number per row: "
+                         f"{getattr(error, 'strerror', None) or error}")
+    return values.reshape(-1)
 
 
-def read_column(path, column, kind):
-    """One column (N,) of a CSV file with a header; a broken or missing file ends the program."""
+def read_columns(path, name, hash_key):
+    """Of every line of a CSV the hash of its key (N,), and column `name` (N,) as numbers.
+
+    A file that cannot be read as such, or in which a key stands twice, ends the program.
+    """
     try:
-        return np.loadtxt(path, dtype=kind, delimiter=",", skiprows=1, usecols=column, ndmin=1,
-                          quotechar='"', comments=None, encoding="utf-8")
-    except FileNotFoundError:
-        raise SystemExit(f"{path} is missing: run 04_select.py first, or correct the path")
-    except ValueError as error:
-        raise SystemExit(f"{path}: {error}")
+        with (open(path, encoding="utf-8-sig", newline="") as file,
+              warnings.catch_warnings(action="ignore")):   # of no data
+            columns = next(csv.reader(file), [])
+            if not {"key", name} <= set(columns):
+                raise ValueError(f"columns key and {name} are needed, it has {columns}")
+            places = [columns.index(found) for found in dict.fromkeys(["key", name])]
+            table = np.loadtxt(file, [("key", "u8"), ("number", "f8")][:len(places)],
+                               delimiter=",", converters={places[0]: hash_key}, usecols=places,
+                               quotechar='"', comments=None, encoding="utf-8", ndmin=1)
+        if not len(table):
+            raise ValueError("no line follows the names of its columns")
+    except UnicodeError:
+        raise SystemExit(f"{path} is no CSV in UTF-8: save it as one")
+    except (OSError, ValueError, csv.Error) as error:
+        raise SystemExit(f"{path}: {getattr(error, 'strerror', None) or error}")
+    ordered = np.sort(table["key"])
+    if (ordered[1:] == ordered[:-1]).any():
+        _, first = np.unique(table["key"], return_index=True)
+        again = np.setdiff1d(np.arange(len(table)), first)[:1]
+        raise SystemExit(f"{path}: key {next(read_keys(path, again))[0]} stands there more than "
+                         f"once, again in row {again[0] + 1}")
+    return table["key"], table[table.dtype.names[-1]]
 
 
-def compose(strata, rows):
-    """': ' and the share of every stratum among `rows`, or '' where none is known (analysis)."""
-    names = [] if strata is None else sorted(set(strata) - {""})
-    shares = [f"{np.mean(strata[rows] == name):.0%} {name}" for name in names]
+def read_keys(path, rows):
+    """(key, stratum or '') of these lines, ascending, of a CSV, one after another."""
+    chosen = np.zeros(rows[-1] + 1, bool)
+    chosen[rows] = True
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines = filter(None, csv.reader(file))
+        columns = next(lines)
+        places = [columns.index(name) for name in ("key", "stratum") if name in columns]
+        for line in itertools.compress(lines, chosen.tobytes()):
+            yield (*(line[place] for place in places), "")[:2]
+
+
+def read_rows(path, n):
+    """Corpus rows from a .npy of row numbers, or of True or False for each of the n pairs."""
+    rows = read_array(path, "iub")
+    fits = rows.dtype != bool or len(rows) == n
+    rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(int)
+    if not (fits and 0 < len(rows) == len(np.unique(rows)) and 0 <= rows.min() <= rows.max() < n):
+        raise SystemExit(f"{path}: row numbers from 0 to {n - 1}, each once, are needed, or True "
+                         f"or False for each of the {n} pairs")
+    return rows
+
+
+def digest(path):
+    """As in stage 1, which would bring torch with it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+
+
+def read_record(path, out, say=print):
+    """The .json beside a file of stage 3 or 4; {} where there is none that knows this very file.
+
+    It names what the file was made from; if one of these is another one now, the program ends.
+    """
+    try:
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        known = [digest(path.with_name(name)) == value for name, value in record["files"].items()]
+        made_from, made_by = record["made_from"].items(), record["written_by"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        known = []
+    if not known or not all(known) or path.name not in record["files"]:
+        say(f"{path} carries no record of what it was made from: it is taken as it is")
+        return {}
+    for name, value in made_from:
+        file = Path(out if name == "proxy.pt" else path.parent) / name
+        if file.exists() and digest(file) != value:
+            raise SystemExit(f"{path} was made from another {file} than is there now: run "
+                             f"{made_by} again")
+    return record
+
+
+@contextlib.contextmanager
+def whole_file(path, mode="w"):
+    """A file that takes its name when it is complete; where it cannot be written, one line."""
+    part = Path(f"{path}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        text = {"newline": "", "encoding": "utf-8"} if mode == "w" else {}
+        with open(part, mode, **text) as file:
+            yield file
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise SystemExit(f"{path} cannot be written: {error.strerror}; name another --out")
+
+
+def write_selection(stem, rows, table, **facts):
+    """STEM.csv with the keys of these lines of a CSV, or STEM.npy with the rows where there is no
+    table; and STEM.json. Returns its path, and {stratum: count} for the analysis."""
+    path, strata = Path(f"{stem}.csv" if table else f"{stem}.npy"), collections.Counter()
+    with whole_file(path, "w" if table else "wb") as file:
+        if table:
+            writer = csv.writer(file)
+            writer.writerow(["key"])
+            for key, stratum in read_keys(table, rows):
+                writer.writerow([key])
+                strata[stratum] += 1
+        else:
+            np.save(file, rows)
+    with whole_file(f"{stem}.json") as file:
+        json.dump({**facts, "files": {path.name: digest(path)}}, file, indent=1)
+    return path, strata
+
+
+def compose(strata):
+    """': ' and the share of every stratum of {stratum: count}, '' where none is known."""
+    shares = [f"{strata[name] / strata.total():.0%} {name}" for name in sorted(strata) if name]
     return ": " + ", ".join(shares) if shares else ""
 
 
-def write_shards(folder, out, keys, rows, per_shard=10000):
-    """Copy the selected pairs of the --data of out/proxy.pt into WebDataset tars of 10,000 pairs.
+def write_shards(folder, out, data, keys, rows, per_shard=10000):
+    """Copy the selected pairs of `data`, else of out/proxy.pt's --data, into tars of 10,000 pairs.
 
     Members keep their bytes and keys. rows (n,) are used where keys is None (ratings in a .npy).
     """
     proxy_stage = importlib.import_module("01_proxy")      # only here: brings torch with it
     settings, _ = proxy_stage.load_proxy(out)
-    if settings.data == "toy":
+    data = data or settings.data
+    if data == "toy":
         raise SystemExit("--write-shards copies real pairs; the toy pairs are drawn anew each time")
-    pairs = proxy_stage.open_pairs(settings.data, settings.size, settings.words, out)
+    pairs = proxy_stage.open_pairs(data, settings.size, settings.words, out)
     rows = rows if keys is None else proxy_stage.find_rows(pairs, keys)
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(pairs):
-        raise SystemExit(f"{settings.data} does not hold all selected pairs: the ratings are of "
+        raise SystemExit(f"{data} does not hold all selected pairs: the ratings are of "
                          "other data")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for number, part in enumerate(np.split(rows, range(per_shard, len(rows), per_shard))):
-        with proxy_stage.atomic_file(Path(folder) / f"{number:06d}.tar", "wb") as file:
-            with tarfile.open(fileobj=file, mode="w") as tar:
-                for row in part:
-                    key, files = pairs.read(row)
-                    for kind, data in files.items():
-                        member = tarfile.TarInfo(key + kind)
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
-        print(f"{folder}/{number:06d}.tar: {number * per_shard + len(part)} of {len(rows)} pairs")
+    parts = np.split(rows, range(per_shard, len(rows), per_shard))
+    files = [Path(folder) / f"{number:06d}.tar" for number in range(len(parts))]
+    done = 0
+    with ProcessPoolExecutor(min(len(parts), os.cpu_count())) as pool:
+        for file, part in zip(files, pool.map(write_shard, files, map(pairs.take, parts))):
+            done += part
+            print(f"{file}: {done} of {len(rows)} pairs")
+
+
+def write_shard(file, pairs):
+    """One tar of all these pairs; returns their number."""
+    proxy_stage = importlib.import_module("01_proxy")
+    with (proxy_stage.atomic_file(file, "wb") as whole,
+          tarfile.open(fileobj=whole, mode="w") as tar):
+        for row in range(len(pairs)):
+            key, files = pairs.read(row)
+            for kind, data in files.items():
+                member = tarfile.TarInfo(key + kind)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return len(pairs)
 
 
 def draw_figure(path, n, w, args):
@@ -202,7 +328,8 @@ def draw_figure(path, n, w, args):
         axis.plot(100 * fine, p * n / 40, color="#D55E00", label="p of eq. 11, scaled")
     axis.set(xlabel="percentile (0 = highest rating)", ylabel="pairs")
     axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3, frameon=False)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -224,51 +351,42 @@ def parse_args(argv=None):
     parser.add_argument("--smoke", action="store_true", help="accepted; this stage is quick")
     args = parser.parse_args(argv)
     args.ratings = args.ratings or Path(args.out) / "ratings.csv"
-    if min(args.std, args.keep) <= 0 or not 0 <= args.drop < 1:
-        parser.error("--std and --keep must be above 0, --drop in [0, 1)")
+    if not (0 <= args.drop < 1 and 0 <= args.mean <= 1 and 0 < args.std <= 1 and args.seed >= 0
+            and 0 < args.keep < np.inf and (args.keep <= 1 or args.keep % 1 == 0)):
+        parser.error("--drop, --mean and --std are shares from 0 to 1 (50 per cent is 0.5), --keep "
+                     "is a share above 0 or a whole number of pairs, --seed is not negative")
     return args
 
 
 def main(args):
     if not args.ratings.exists():
         raise SystemExit(f"{args.ratings} is missing: run 03_score.py first")
-    keys, rating, strata = read_ratings(args.ratings, args.rank_by)
+    record = read_record(args.ratings, args.out)
+    _, rating = read_ratings(args.ratings, args.rank_by)
     try:
         rows, w = select(rating, args.method, args.keep, args.drop, args.mean, args.std, args.seed)
     except ValueError as error:
-        raise SystemExit(f"{args.ratings}: {error}: lower --keep or --drop")
-    of = args.ratings.stem.removeprefix("ratings")
+        raise SystemExit(f"{args.ratings}: {error}")
+    of, usual = args.ratings.stem.removeprefix("ratings"), parse_args([])
     of = f"-{of}" if of and not of.startswith("-") else of
     by = "" if args.rank_by == "rating" else f"-by-{args.rank_by}"
-    stem = Path(args.out) / f"selected{of}{by}-{args.method}-{args.keep:g}"
-    file = write_selection(stem, rows, keys)
+    other = [f"-{name}-{getattr(args, name):.15g}" for name in ("drop", "mean", "std", "seed")
+             if getattr(args, name) != getattr(usual, name)]
+    stem = Path(args.out) / f"selected{of}{by}-{args.method}-{args.keep:.15g}{''.join(other)}"
+    own = is_array(args.ratings) and not record
+    table = None if own else args.ratings.with_suffix(".csv" if record else args.ratings.suffix)
+    file, strata = write_selection(
+        stem, rows, table, written_by="04_select.py", data=record.get("data"),
+        made_from={**record.get("made_from", {}), args.ratings.name: digest(args.ratings)})
     draw_figure(f"{stem}.png", len(rating), w, args)
-    print(f"wrote {file}, .png: {len(rows)} of {len(rating)} pairs{compose(strata, rows)}")
+    print(f"wrote {file}, .json, .png: {len(rows)} of {len(rating)} pairs{compose(strata)}")
     if len(w) and w.min() > 0.05:
         print(f"none of them is among the {w.min():.0%} rated highest: right where high means low "
               "loss (eq. 9), wrong where it means what validation asked for (eq. 6); --method topk "
               "keeps those")
     if args.write_shards:
-        write_shards(args.write_shards, args.out, None if keys is None else keys[rows], rows)
-
-
-def write_selection(stem, rows, keys):
-    """STEM.csv with the keys of the selected rows; STEM.npy with the rows where keys are None."""
-    path = Path(f"{stem}.npy" if keys is None else f"{stem}.csv")
-    part = Path(f"{path}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if keys is None:
-            with open(part, "wb") as file:
-                np.save(file, rows)
-        else:
-            with open(part, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([["key"], *([key] for key in keys[rows])])
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise SystemExit(f"{path} cannot be written: {error.strerror}; name another --out")
-    return path
+        keys = (key for key, _ in read_keys(table, rows)) if table else None
+        write_shards(args.write_shards, args.out, record.get("data"), keys, rows)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,10 @@ import math
 import pickle
 import re
 import sys
+import time
 import unicodedata
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
@@ -110,43 +112,75 @@ ARMS = {                   # --arms: the default, and the paper's tables and fig
 }
 
 
+read_once, check_once = map(functools.cache, (             # of each file, for all arms and seeds
+    select_stage.read_ratings, select_stage.read_record))
+
+
+def find_file(arm, out):
+    """The file that says which pairs an arm has, None for full data and random selections."""
+    return Path(arm.file or Path(out) / f"{arm.ratings}.csv") if arm.file or arm.ratings else None
+
+
 def choose_rows(arm, pairs, out, seed):
     """Corpus rows (n,) of an arm, drawn anew for each seed where its rule draws."""
-    if arm.file.endswith(".npy"):
-        return select_stage.read_rows(arm.file, int)
-    if not arm.ratings and not arm.file:
+    path = find_file(arm, out)
+    if not path:
         return (np.arange(len(pairs)) if arm.keep == 1 else
                 select_stage.select(np.zeros(len(pairs)), "random", arm.keep, seed=seed)[0])
-    path = Path(arm.file or Path(out) / f"{arm.ratings}.csv")
-    if arm.file:
-        keys = select_stage.read_column(path, 0, str)
-    else:
-        keys, rating, _ = select_stage.read_ratings(path, arm.rank_by)
-        rows, _ = select_stage.select(rating, arm.method, arm.keep, seed=seed, **arm.settings)
-        keys = keys[rows]
-    rows = proxy_stage.find_rows(pairs, keys)
+    check_once(path, out, proxy_stage.print0)
+    if select_stage.is_array(path):
+        return select_stage.read_rows(path, len(pairs))
+    hashes, rating = read_once(path, "key" if arm.file else arm.rank_by, proxy_stage.hash_key)
+    lines = np.arange(len(hashes)) if arm.file else select_stage.select(
+        rating, arm.method, arm.keep, seed=seed, **arm.settings)[0]
+    rows = proxy_stage.find_rows(pairs, hashes[lines])
     if (rows < 0).any():
-        raise SystemExit(f"{path}: key {keys[rows.argmin()]} is not among the training pairs of "
-                         "proxy.pt")
+        key, _ = next(select_stage.read_keys(path, lines[[rows.argmin()]]))
+        raise SystemExit(f"{path}: key {key} is not among the training pairs of proxy.pt")
     return rows
 
 
 def list_arms(args, pairs):
     """The arms of --arms whose ratings exist; or full, random and one per --selected file."""
+    for cached in (read_once, check_once):
+        cached.cache_clear()
     if args.selected:
-        arms = [Arm(Path(file).stem, file=file) for file in args.selected]
+        stems = [Path(file).stem for file in args.selected]
+        names = [stem if stems.count(stem) == 1 and not re.match("full$|random ", stem)
+                 else str(Path(file).resolve()) for stem, file in zip(stems, args.selected)]
+        if len(set(names)) < len(names):
+            raise SystemExit("--selected names a file twice")
+        arms = [Arm(name, file=file) for name, file in zip(names, args.selected)]
         counts = sorted({len(choose_rows(arm, pairs, args.out, 0)) for arm in arms})
         return [FULL, *(Arm(f"random {n}", keep=n) for n in counts), *arms]
     found = []
     for arm in ARMS[args.arms]:
-        file = Path(args.out) / f"{arm.ratings}.csv"
-        header = file.open(encoding="utf-8").readline() if file.exists() else ""
-        if not arm.ratings or arm.rank_by in header.strip().split(","):
+        file = find_file(arm, args.out)
+        header = file.open(encoding="utf-8").readline() if file and file.exists() else ""
+        if not file or arm.rank_by in header.strip().split(","):
             found.append(arm)
         else:
             proxy_stage.print0(f"{arm.name} is left out: {file} has no column {arm.rank_by} (run "
                                "03_score.py, for rankings without a rater with --baselines)")
     return found
+
+
+def count_steps(arms, args, settings, pairs):
+    """Steps of every arm: all that they read is read here, before any training. Says the cost."""
+    sizes = [len(choose_rows(arm, pairs, args.out, args.seed)) for arm in arms]
+    if min(sizes) < args.batch_size:
+        raise SystemExit(f"{arms[np.argmin(sizes)].name}: {min(sizes)} pairs are fewer than "
+                         "--batch-size")
+    steps = [args.epochs * (size // args.batch_size) for size in sizes]       # eq. 1: same epochs
+    began = time.monotonic()
+    with torch.random.fork_rng(devices=[]):                # what follows draws as if this were not
+        proxy_stage.train(proxy_stage.build_proxy(settings, pairs.device), pairs, 4,
+                          args.batch_size, args.lr, args.seed)
+    minutes = (time.monotonic() - began) / 4 * args.seeds * sum(steps) / 60
+    proxy_stage.print0(f"{args.seeds * len(arms)} models, {args.seeds * sum(steps):,} steps in "
+                       f"all, about {minutes:.0f} minutes of training; fewer --seeds or --epochs, "
+                       "or some --selected files instead of --arms, make it less")
+    return dict(zip((arm.name for arm in arms), steps))
 
 
 # ---- metrics ---------------------------------------------------------------------------------
@@ -204,9 +238,7 @@ def run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress):
     torch.manual_seed(seed)                                # all arms start from the same weights
     net = proxy_stage.build_proxy(settings, pairs.device)
     chosen = proxy_stage.keep_resident(pairs.take(rows), proxy_stage.RESIDENT).to(pairs.device)
-    steps = args.epochs * (len(chosen) // args.batch_size)                    # eq. 1: same epochs
-    if not steps:
-        raise SystemExit(f"{arm.name}: {len(chosen)} pairs are fewer than --batch-size")
+    steps = args.epochs * (len(rows) // args.batch_size)                      # eq. 1: same epochs
     proxy_stage.train(net, chosen, steps, args.batch_size, args.lr, seed, decay=DECAY,
                       progress=progress)
     seconds = progress.seconds
@@ -222,17 +254,18 @@ def name_results(args):
     return Path(args.out) / ("results" if args.arms == "default" else f"results-{args.arms}")
 
 
-def run_all(arms, args, settings, pairs, test, judge, reference):
+def run_all(arms, steps, args, settings, pairs, test, judge, reference):
     """Every arm under every seed; out/results.csv grows with each. Returns rows and samples."""
-    inputs = [Path(args.out) / f"{arm.ratings}.csv" for arm in arms if arm.ratings] + args.selected
-    state = [[str(file), Path(file).stat().st_mtime_ns] for file in inputs]
-    progress = proxy_stage.Progress(
-        f"{name_results(args)}.progress", "05_train_eval.py",
-        {**vars(args), "proxy": vars(settings), "inputs": state}, args.save_every)
+    weights = [getattr(args, what) for what in WEIGHTS if args.metrics == "standard"]
+    inputs = [Path(args.out) / "proxy.pt", *(find_file(arm, args.out) for arm in arms), *weights]
+    state = {str(file): proxy_stage.digest(file) for file in inputs if file}
+    progress = proxy_stage.Progress(f"{name_results(args)}.progress", "05_train_eval.py",
+                                    {**vars(args), **state}, args.save_every)
     results = progress.kept.setdefault("results", [])
     samples = progress.kept.setdefault("samples", {})      # {arm: (8, 3, H, W)}
     work = [(seed, arm) for seed in range(args.seed, args.seed + args.seeds) for arm in arms]
     for seed, arm in work[len(results):]:
+        progress.expect(sum(steps[arm.name] for _, arm in work[len(results):]), args.batch_size)
         result, images = run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress)
         results.append(result)
         samples.setdefault(arm.name, images[:8].cpu())
@@ -361,9 +394,13 @@ def parse_args(argv=None):
     parser.add_argument("--evaluate", help="only measure these images, in any layout of --data")
     parser.add_argument("--reference", help="real images, or .npz statistics, for their FID")
     parser.add_argument("--save-statistics", help=".npz for mu and sigma of --evaluate")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.epochs, args.seeds, args.batch_size = 1, 2, 16
+    args = proxy_stage.parse(parser, argv, epochs=1, seeds=2, batch_size=16)
+    if args.evaluate:
+        args.batch_size = 0                                # nothing is trained
+    elif args.reference or args.save_statistics:
+        parser.error("--reference and --save-statistics need the images of --evaluate")
+    if args.save_statistics and not args.save_statistics.lower().endswith(".npz"):
+        parser.error(f"--save-statistics {args.save_statistics} has to end in .npz")
     return args
 
 
@@ -373,6 +410,7 @@ def main(args, device):
     settings, _ = proxy_stage.load_proxy(args.out)
     pairs, val, test = proxy_stage.load_data(settings, device)
     arms, stem = list_arms(args, pairs), name_results(args)
+    steps = count_steps(arms, args, settings, pairs)
     judge = (StandardJudge(args, device) if args.metrics == "standard"
              else score_stage.train_contrast(
                  test, 20 if args.smoke else score_stage.CONTRAST_STEPS, args.seed))
@@ -383,7 +421,7 @@ def main(args, device):
              f"match {real['match']:.0f} %, distance {real['distance']:.3f}")
     proxy_stage.print0(floor)
     pairs = proxy_stage.keep_decoded(pairs, args.out)
-    results, samples, progress = run_all(arms, args, settings, pairs, test, judge, reference)
+    results, samples, progress = run_all(arms, steps, args, settings, pairs, test, judge, reference)
     table = tabulate(results, arms, floor)
     if proxy_stage.rank() == 0:
         with proxy_stage.atomic_file(f"{stem}.md") as file:
@@ -484,7 +522,10 @@ class ClipBlock(nn.Module):
 
 def clip_tower(width, depth):
     """`depth` blocks under the name transformer.resblocks; 64 numbers a head."""
-    blocks = nn.ModuleList(ClipBlock(width, max(1, width // 64)) for _ in range(depth))
+    if width % 64 or width > 1024:
+        raise SystemExit(f"a CLIP of width {width} is none of OpenAI's, whose heads have 64 "
+                         "numbers: how many this one's have, its file does not say")
+    blocks = nn.ModuleList(ClipBlock(width, width // 64) for _ in range(depth))
     return nn.ModuleDict({"resblocks": blocks})
 
 
@@ -594,10 +635,12 @@ def load_state(path):
         if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl")
                                             for name in zipfile.ZipFile(path).namelist()):
             return read_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise SystemExit(f"{path} is no file of weights ({type(error).__name__}: "
-                         f"{str(error).splitlines()[0][:120]})")
+        raise SystemExit(f"{path} is no file of weights: {str(error)[:120].splitlines()[:1]}")
+    if not isinstance(state, dict) or not any(map(torch.is_tensor, state.values())):
+        raise SystemExit(f"{path} holds no weights by name: save the network's state_dict alone")
+    return state
 
 
 @functools.cache
@@ -616,7 +659,10 @@ class ClipTokenizer:
 
     def __init__(self, path):
         data = Path(path).read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+        try:
+            text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise SystemExit(f"{path} is no vocabulary of CLIP: {error}")
         merges = [tuple(line.split()) for line in text.split("\n")[1:48895] if line]
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
         rest = [byte for byte in range(256) if byte not in plain]
@@ -672,16 +718,26 @@ class StandardJudge:
                                        paths["inception"]).to(device)
         self.inception.fc = nn.Identity()                  # the 2048 features before the classes
         state = {name: value.float() for name, value in load_state(paths["clip"]).items()
-                 if name not in ("input_resolution", "context_length", "vocab_size")}
-        if "visual.conv1.weight" not in state:
+                 if torch.is_tensor(value)
+                 and name not in ("input_resolution", "context_length", "vocab_size")}
+        try:
+            clip = Clip(state)
+        except (LookupError, ValueError, TypeError):
             raise SystemExit(f"{paths['clip']} is not a CLIP with a vision transformer")
-        self.clip = load_strictly(Clip(state), state, paths["clip"]).to(device).eval()
+        self.clip = load_strictly(clip, state, paths["clip"]).to(device).eval()
         self.tokenize = ClipTokenizer(paths["clip_vocab"])
+        tokens, rows = len(self.tokenize.ids) + 2, len(self.clip.token_embedding.weight)
+        if tokens != rows:
+            raise SystemExit(f"{paths['clip_vocab']} has {tokens} tokens, {paths['clip']} has "
+                             f"{rows} rows for them: give the vocabulary that it was trained with")
         side, patch = self.clip.visual.positional_embedding, self.clip.visual.conv1.kernel_size[0]
         self.size, self.device = math.isqrt(len(side) - 1) * patch, device
         print0 = proxy_stage.print0
         print0(f"CLIP ViT, width {side.shape[1]}, patch {patch}, {self.size} px: score = 100 cos "
                "(other tools print 2.5 max(cos, 0)); FID with the Inception-v3 of 2015")
+        if args.clip:
+            print0(f"{args.clip} does not say with which activation it was trained: QuickGELU is "
+                   "taken, as in OpenAI's; weights trained with plain GELU get another score")
 
     @torch.no_grad()
     def embed_pixels(self, images):
@@ -753,32 +809,51 @@ def measure_images(judge, path, out, batch_size=50):
                 cosines += (unit[named] * text).sum(1).tolist()
             batch = []
     proxy_stage.print_skipped(proxy_stage.merge(skipped))
-    sums = torch.tensor([len(cosines), sum(cosines), np.square(cosines).sum()]).double()
-    return found.finish(), proxy_stage.add_up(sums).tolist()
+    sums = [found.sums[0, 0], len(cosines), sum(cosines), np.square(cosines).sum()]
+    return found, proxy_stage.add_up(torch.tensor(sums).double()).tolist()
+
+
+def read_statistics(path):
+    """mu (2048,) and sigma (2048, 2048) of an .npz, as pytorch-fid writes it."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            mu, S = saved["mu"], saved["sigma"]
+        sound = S.shape == (2048, 2048) and mu.shape == (2048,) and np.isfinite(S.sum() + mu.sum())
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        sound = False
+    if not sound:
+        raise SystemExit(f"{path} is no .npz of statistics: mu (2048 numbers) and sigma (2048 x "
+                         "2048) are needed, as pytorch-fid and --save-statistics write them")
+    return mu, S
 
 
 def evaluate_files(args, device):
     """FID of --evaluate against --reference, and the CLIP score of the captioned images."""
     for path in filter(None, (args.evaluate, args.reference)):
         proxy_stage.find_places(path)
+    saved = (args.reference or "").lower().endswith(".npz") and read_statistics(args.reference)
+    if args.save_statistics and not Path(args.save_statistics).absolute().parent.is_dir():
+        raise SystemExit(f"--save-statistics {args.save_statistics}: there is no such folder")
     judge = StandardJudge(args, device)
-    (n, mu, S), (captioned, total, squares) = measure_images(judge, args.evaluate, args.out)
-    if args.save_statistics and proxy_stage.rank() == 0:
-        np.savez(args.save_statistics, mu=mu, sigma=S, count=n)
-    if args.reference:
-        if args.reference.endswith(".npz"):
-            saved = np.load(args.reference, allow_pickle=False)
-            reference = saved["mu"], saved["sigma"]
-        else:
-            (count, *reference), _ = measure_images(judge, args.reference, args.out)
-        fid = frechet_distance(mu, S, *reference)
-        few = " (fewer images than 2049: the bias of a small sample outweighs most differences)"
-        proxy_stage.print0(f"FID {fid:.4f} of {n} images{few if n < 2049 else ''}")
+    found, (n, captioned, total, squares) = measure_images(judge, args.evaluate, args.out)
     if captioned:
         mean = total / captioned
         error = (max(squares / captioned - mean ** 2, 0) / captioned) ** 0.5
         proxy_stage.print0(f"CLIP score {100 * mean:.3f} +- {100 * error:.3f} (standard error) "
                            f"of {captioned:.0f} captioned images")
+    if args.save_statistics or args.reference:
+        n, mu, S = found.finish()
+    else:
+        proxy_stage.print0(f"{n:.0f} images; --reference would give their FID"
+                           + ("" if captioned else ", captions beside them a CLIP score"))
+    if args.save_statistics and proxy_stage.rank() == 0:
+        with proxy_stage.atomic_file(args.save_statistics, "wb") as file:
+            np.savez(file, mu=mu, sigma=S, count=n)
+    if args.reference:
+        reference = saved or measure_images(judge, args.reference, args.out)[0].finish()[1:]
+        fid = max(frechet_distance(mu, S, *reference), 0.0)
+        few = " (fewer images than 2049: the bias of a small sample outweighs most differences)"
+        proxy_stage.print0(f"FID {fid:.4f} of {n} images{few if n < 2049 else ''}")
 
 
 if __name__ == "__main__":

@@ -506,7 +506,8 @@ def rate_broken(count):
             done = conftest.run(f"{command} --out {folder}/out", launcher)
             if done.returncode:
                 raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
-        with open(f"{folder}/out/ratings.csv", newline="") as file:
+        rated, = Path(folder, "out").glob("ratings-of-*.csv")
+        with open(rated, newline="") as file:
             return [int(line["key"].removeprefix("train")) for line in csv.DictReader(file)]
 
 

@@ -1,6 +1,6 @@
 """What a web-scale corpus costs: index, reading, scoring and selection, measured on this machine.
 
-    python tests/scale.py --pairs 1000000          packs small pairs into tars in a temporary folder
+    python tests/scale.py      packs a million small pairs into tars in a temporary folder, 6 GB
 
 Prints a Markdown table. Memory for thirty million pairs is computed from the measured index.
 """
@@ -22,8 +22,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-proxy_stage, rater_stage, score_stage = (importlib.import_module(name) for name in (
-    "01_proxy", "02_meta_rater", "03_score"))
+proxy_stage, rater_stage, score_stage, select_stage = (importlib.import_module(name) for name in (
+    "01_proxy", "02_meta_rater", "03_score", "04_select"))
 PER_TAR, WEB = 10_000, 30_000_000
 
 
@@ -73,9 +73,11 @@ def select_rows(folder, kind, count):
     if kind == "npy":
         np.save(folder / "ratings.npy", ratings)
     else:
-        lines = (f"{k:09d},{rating:.6g}\n" for k, rating in enumerate(ratings))
+        lines = (f"{k:09d},{rating:.6g},0.512345,{rating:.6g},\n"
+                 for k, rating in enumerate(ratings))
         with open(folder / "ratings.csv", "w") as file:
-            file.writelines(["key,rating\n", *lines])
+            file.write("key,instance,group,rating,stratum\n")
+            file.writelines(lines)
     command = [sys.executable, str(ROOT / "04_select.py"), "--ratings",
                str(folder / f"ratings.{kind}"), "--out", str(folder / "out")]
     _, seconds = timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
@@ -84,13 +86,26 @@ def select_rows(folder, kind, count):
     return f"{seconds:.1f} s, {peak:.2f} GB"
 
 
-def main(count):
+def link_twice(folder, tars):
+    """A folder of links to these tars."""
+    (folder / "twice").mkdir()
+    for k, tar in enumerate(tars):
+        (folder / f"twice/{k:06d}.tar").symlink_to(tar)
+    return folder / "twice"
+
+
+def main(count, web=WEB):
     torch.set_num_threads(1)
     print("| what | measured |\n|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        print(f"| selection of 3 million ratings, .csv | {select_rows(folder, 'csv', WEB // 10)} |")
-        print(f"| selection of 30 million ratings, .npy | {select_rows(folder, 'npy', WEB)} |")
+        for kind in ("npy", "csv"):                        # the peak is of the largest so far
+            print(f"| selection of {web:,} ratings, .{kind} | {select_rows(folder, kind, web)} |")
+        (hashes, _), seconds = timed(lambda: select_stage.read_ratings(
+            folder / "ratings.csv", "rating", proxy_stage.hash_key))
+        print(f"| stage 5 reads these ratings, once for all arms and seeds | {seconds:.1f} s, "
+              f"{16 * len(hashes) / 1e9:.2f} GB |")
+        (folder / "ratings.csv").unlink()
         pack(folder, count)
         pairs, first = timed(lambda: proxy_stage.open_pairs(folder, 16, 8, folder))
         pairs, again = timed(lambda: proxy_stage.open_pairs(folder, 16, 8, folder))
@@ -98,17 +113,32 @@ def main(count):
         print(f"| index of {len(pairs):,} pairs | {first:.0f} s ({len(pairs) / first:,.0f} pairs a "
               f"second), opened again in {again:.1f} s |")
         print(f"| memory of the index | {each:.0f} bytes a pair, {each * WEB / 1e9:.2f} GB for 30 "
-              "million |")
+              f"million, {8 * each * WEB / 1e9:.1f} GB in 8 processes |")
+        twice = [tar for tar in sorted(folder.glob("*.tar")) for _ in (0, 1)]
+        _, seconds = timed(lambda: proxy_stage.open_pairs(link_twice(folder, twice), 16, 8))
+        print(f"| index of the same with every key twice | {seconds:.0f} s |")
+        keys = pairs.name(range(min(1000, len(pairs)))) * (len(pairs) // 1000 + 1)
+        _, seconds = timed(lambda: proxy_stage.find_rows(pairs, keys))
+        print(f"| rows of {len(keys):,} keys | {seconds:.1f} s |")
+        _, seconds = timed(lambda: proxy_stage.shuffle(WEB, 0, 0))
+        print(f"| an epoch's order of 30 million pairs | {seconds:.1f} s, {8 * WEB / 1e9:.2f} GB |")
         rows = np.random.default_rng(0).permutation(len(pairs))[:20000].reshape(-1, 500)
         ahead = np.arange(rows.size).reshape(rows.shape) % len(pairs)
         print(f"| reading and decoding, in order | {rate_of(pairs.parts(iter(ahead)))} |")
         print(f"| reading and decoding, at random | {rate_of(pairs.parts(iter(rows)))} |")
         print(f"| scoring from tars | {score_rate(pairs.take(ahead.ravel()))} |")
+        (folder / "new").mkdir()
+        rows = np.split(ahead.ravel(), 2)
+        _, seconds = timed(lambda: [select_stage.write_shard(folder / f"new/{k}.tar", pairs.take(
+            part)) for k, part in enumerate(rows)])
+        print(f"| new shards, by one of the cores | {ahead.size / seconds:,.0f} pairs a second |")
     toy = proxy_stage.draw_toy(4000, 16, 0, "train")
     print(f"| scoring resident pairs, one thread | {score_rate(toy)} |")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=1_000_000)
-    main(parser.parse_args().pairs)
+    parser.add_argument("--pairs", type=int, default=1_000_000, help="packed into tars")
+    parser.add_argument("--ratings", type=int, default=WEB, help="that stage 4 selects from")
+    args = parser.parse_args()
+    main(args.pairs, args.ratings)

@@ -71,6 +71,26 @@ def test_group_rating_is_the_mean_over_groups_that_the_pair_joins(stage, rated):
     assert drawn.shape == companions.shape and len(drawn.flatten(0, 1).unique(dim=0)) > size
 
 
+@pytest.mark.parametrize("bias", [-300, 300])
+def test_a_collapsed_group_head_leaves_finite_ratings(stage, rated, tmp_path, bias):
+    """W_batch of exactly 0 or 1: the ranking is the Instance MLP's, and its figure is drawn."""
+    nets, pairs = rated
+    nets["rater"].group[-1].bias.data.fill_(bias)
+    instance, group, rating = rate(stage, nets, pairs, tmp_path / "r.csv").T[:3]
+    assert group == pytest.approx(float(bias > 0)) and np.isfinite(rating).all()
+    assert (instance - rating).std() < 1e-4 and rating.std() > 1e-3
+    stage(3).draw_histogram(tmp_path / "r.png", rating, stage(3).percentiles(rating),
+                            np.array(pairs.strata))
+
+
+def test_progress_is_told(stage, rated, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stage(1).Progress, "tell_every", 0)
+    rate(stage, *rated, tmp_path / "r.csv")
+    said = capsys.readouterr().out
+    assert all(f"step {k} of 3   " in said for k in (1, 2, 3)) and "pairs a second" in said
+    assert "0:00:00 left" in said
+
+
 def test_baselines_are_the_losses_of_the_two_proxies(stage, rated):
     """With theta = theta_hat the difference is exactly 0: both see the same noise."""
     nets, pairs = rated

@@ -1,10 +1,11 @@
 """Stage 4: eq. 11 against its formula, and the files that it reads."""
+import csv
 import itertools
 
 import numpy as np
 import pytest
 
-from conftest import run
+from conftest import launch, run
 
 
 def test_rows_are_sorted_stably(stage):
@@ -13,6 +14,16 @@ def test_rows_are_sorted_stably(stage):
     expected = np.argsort(-rating.astype(np.float32), kind="stable")
     assert (stage(4).sort_rows(rating) == expected).all()
     assert stage(4).sort_rows(np.array([1.0, 3.0, 2.0, 0.0])).tolist() == [1, 2, 0, 3]
+
+
+@pytest.mark.parametrize("rating", [
+    1 - np.random.default_rng(0).random(5000) * 1e-9,                        # probabilities near 1
+    1.7e9 + np.random.default_rng(1).integers(0, 500, 5000),                 # unix times, with ties
+    np.random.default_rng(2).integers(-5, 5, 5000) * 1e300,                  # infinite in float32
+    np.random.default_rng(3).integers(0, 99, 5000) + 2 ** 60,                # beyond float64, too
+    np.random.default_rng(4).standard_normal(5000).astype(np.float16)])
+def test_the_order_is_that_of_a_stable_argsort(stage, rating):
+    assert (stage(4).sort_rows(rating) == np.argsort(-rating, kind="stable")).all()
 
 
 def test_density_is_eq_11(stage):
@@ -79,6 +90,32 @@ def test_rankings_and_key_files(tmp_path):
     assert np.load(tmp_path / "selected-r-topk-2.npy").tolist() == [8, 9]
 
 
+def test_the_name_tells_all_options_that_are_not_usual(stage, tmp_path):
+    write(tmp_path / "ratings.csv", [f"{k},{k},1,1,x" for k in range(40)])
+    for flags in ([], ["--seed", "1"], ["--mean", "0.4"], ["--std", "0.2"], ["--drop", "0.1"],
+                  ["--keep", "12"], ["--keep", "12", "--method", "block", "--drop", "0"]):
+        launch(stage, 4, ["--out", str(tmp_path), *flags])
+    assert len(list(tmp_path.glob("selected-*.csv"))) == 7
+    assert (tmp_path / "selected-block-12-drop-0.csv").exists()
+
+
+@pytest.mark.parametrize("flags", [
+    "--mean 50", "--std 15", "--std 0", "--drop 25", "--mean nan", "--std nan", "--drop -1",
+    "--keep nan", "--keep inf", "--keep 0", "--keep 1.5", "--keep -0.5", "--seed -1", "--keep 50%"])
+def test_per_cent_and_other_strange_shares_are_refused(stage, capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        stage(4).parse_args(flags.split())
+    assert stop.value.code == 2
+    assert "50 per cent is 0.5" in capsys.readouterr().err or "%" in flags
+
+
+@pytest.mark.parametrize("keep,cure", [(0.001, "raise --keep"), (0.9, "lower --keep or --drop")])
+def test_a_share_that_cannot_be_kept_names_its_cure(stage, tmp_path, keep, cure):
+    write(tmp_path / "ratings.csv", [f"{k},{k},1,1,x" for k in range(40)])
+    with pytest.raises(SystemExit, match=cure):
+        launch(stage, 4, ["--out", str(tmp_path), "--keep", str(keep)])
+
+
 def test_a_head_left_out_is_said(tmp_path):
     write(tmp_path / "ratings.csv", [f"{k},{k},1,1,x" for k in range(2000)])
     for method, said in (("shift-gsample", "the 25% rated highest"), ("topk", "")):
@@ -89,8 +126,61 @@ def test_a_head_left_out_is_said(tmp_path):
 @pytest.mark.parametrize("rows,message", [
     (["b,1,1,1,x", "a,nan,1,1,x"], "not a number in row 2"),
     (["a,1,1,1,x", "b,2,1,1,x", "a,3,1,1,x"], "key a stands there more than once, again in row 3"),
-    (["a,1,1,1,x", "b,low,1,1,x"], "low"), (["a"], "ratings.csv")])
+    (["a,1,1,1,x", "b,low,1,1,x"], "low"), (["a"], "ratings.csv"), ([], "no line follows")])
 def test_bad_ratings_are_refused_by_name(tmp_path, rows, message):
     write(tmp_path / "ratings.csv", rows)
     done = run(f"04_select.py --out {tmp_path}")
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+GOOD = "key,rating\na,1\nb,3\nc,2\n"
+ARRAYS = {"folder.npy": None, "empty.npy": b"", "text.npy": b"1\n2\n", "short.npy": b"\x93NUMPY",
+          "table.csv": GOOD.encode("utf-16"), "latin.csv": "key,rating\n\xe9,1\n".encode("cp1252"),
+          "empty.csv": b"", "binary.csv": b"PAR1\x15\x04\xff\x00", "folder.csv": None,
+          "headless.csv": b"a,1\nb,2\n", "words.npy": np.array(["a", "b"]),
+          "square.npy": np.ones((3, 3)), "complex.npy": np.ones(3, complex),
+          "none.npy": np.array([]), "single.npy": np.array(1.0), "mask.npy": np.ones(3, bool)}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_files_of_another_kind_are_one_line(stage, tmp_path, name):
+    file, held = tmp_path / name, ARRAYS[name]
+    if held is None:
+        file.mkdir()
+    elif isinstance(held, bytes):
+        file.write_bytes(held)
+    else:
+        np.save(file, held)
+    with pytest.raises(SystemExit) as stop:
+        launch(stage, 4, ["--out", str(tmp_path), "--ratings", str(file)])
+    assert name in stop.value.code and "\n" not in stop.value.code
+
+
+def test_npz_under_another_name_and_a_missing_file(stage, tmp_path):
+    np.savez(tmp_path / "r.npz", np.ones(3))
+    (tmp_path / "r.npz").rename(tmp_path / "r.npy")
+    for name in ("r.npy", "missing.npy", "missing.csv"):
+        with pytest.raises(SystemExit, match=name):
+            launch(stage, 4, ["--out", str(tmp_path), "--ratings", str(tmp_path / name)])
+
+
+def test_marks_blank_lines_and_quotes_are_read_as_meant(stage, tmp_path, capsys):
+    text = '\ufeffrank,key,rating\r\n1,"a,""x",1\r\n\r\n2,b c,3\r\n3,"d""e",2\r\n'
+    (tmp_path / "ratings.csv").write_bytes(text.encode())
+    launch(stage, 4, ["--out", str(tmp_path), "--method", "topk", "--keep", "2"])
+    with open(tmp_path / "selected-topk-2.csv", newline="") as file:
+        assert [line[0] for line in csv.reader(file)] == ["key", "b c", 'd"e']
+    assert "carries no record" in capsys.readouterr().out
+
+
+def test_row_numbers_and_masks(stage, tmp_path):
+    """What a selection may hold for a corpus of 5 pairs."""
+    def rows(*values, kind=int):
+        np.save(tmp_path / "s.npy", np.array(values, kind))
+        return stage(4).read_rows(tmp_path / "s.npy", 5).tolist()
+    assert rows(4, 0) == [4, 0] and rows(1, 2, kind=np.uint8) == [1, 2]
+    assert rows(0, 1, 0, 0, 1, kind=bool) == [1, 4]
+    for values, kind in (((0.1, 0.7), float), ((0.0, 1.0), float), ((5,), int), ((-1,), int),
+                         ((1, 1), int), ((), int), ((1, 0), bool), ((0,) * 5, bool)):
+        with pytest.raises(SystemExit, match="s.npy"):
+            rows(*values, kind=kind)

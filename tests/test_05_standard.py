@@ -1,4 +1,5 @@
 """Stage 5, the standard metrics: against references written apart from them, on random weights."""
+import gzip
 import pickle
 import zipfile
 
@@ -9,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from conftest import TORCHRUN, run
+from conftest import TORCHRUN, launch, run
 
 
 def calibrate(net, seed=0):
@@ -278,7 +279,7 @@ def weights(stage, inception, tmp_path):
     calibrated.load_state_dict(inception.state_dict() | {
         "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)})
     torch.save(calibrated.state_dict(), tmp_path / "inception.pt")
-    torch.save(make_clip_state(), tmp_path / "clip.pt")
+    torch.save(make_clip_state(words=515), tmp_path / "clip.pt")     # 512 symbols, a merge, two ends
     (tmp_path / "bpe.txt").write_text("#version\nh e\n")
     return [f"--inception={tmp_path}/inception.pt", f"--clip={tmp_path}/clip.pt",
             f"--clip-vocab={tmp_path}/bpe.txt"]
@@ -322,3 +323,99 @@ def test_evaluate_tool_on_folders(stage, weights, tmp_path, capsys):
     assert "of 5 images" in done.stdout, done.stderr
     third = float(done.stdout.split("FID ")[-1].split()[0])
     assert third == pytest.approx(first, rel=1e-3)
+
+
+class Blind:
+    """A judge whose features are the mean colours, in 2048 numbers: what is tested is the rest."""
+
+    def __init__(self, args, device):
+        pass
+
+    def embed_pixels(self, images):
+        f = torch.stack([image.float().mean((1, 2)) for image in images]).repeat(1, 683)[:, :2048]
+        return f, F.normalize(f[:, :4], dim=1)
+
+    def embed_captions(self, captions):
+        return F.normalize(torch.ones(len(captions), 4), dim=1)
+
+
+def evaluate(stage, tmp_path, *flags, images=3, captions=0):
+    """--evaluate of so many images, the first of them captioned, in a folder of its own."""
+    folder = tmp_path / f"drawn-{images}-{captions}"
+    folder.mkdir(exist_ok=True)
+    for k, image in enumerate(make_images(images, 16, torch.Generator().manual_seed(9))):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{k}.png")
+        if k < captions:
+            (folder / f"{k}.txt").write_text("a caption")
+    launch(stage, 5, ["--evaluate", str(folder), "--out", str(tmp_path / "out"), *flags])
+
+
+STATISTICS = {"other names": {"mean": np.zeros(2048), "cov": np.eye(2048)}, "no name": None,
+              "narrow": {"mu": np.zeros(64), "sigma": np.eye(64)}, "cut": {},
+              "not finite": {"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}, "a table": 0}
+
+
+@pytest.mark.parametrize("kind", STATISTICS)
+def test_statistics_are_read_before_any_image(stage, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(stage(5), "StandardJudge", None)
+    held, file = STATISTICS[kind], tmp_path / "s.NPZ"
+    with open(file, "wb") as stream:
+        if kind == "a table":
+            np.save(stream, np.zeros(3))
+        elif kind == "no name":
+            np.savez(stream, np.zeros(2048))
+        else:
+            np.savez(stream, **held or {"mu": np.zeros(2048)})
+    if kind == "cut":
+        file.write_bytes(file.read_bytes()[:900])
+    with pytest.raises(SystemExit, match="s.NPZ is no .npz of statistics"):
+        evaluate(stage, tmp_path, f"--reference={file}")
+
+
+def test_every_measurement_has_its_line(stage, tmp_path, monkeypatch, capsys):
+    """One captioned image, none at all, statistics that are saved, and a distance of nearly 0."""
+    monkeypatch.setattr(stage(5), "StandardJudge", Blind)
+    with pytest.raises(SystemExit, match="nowhere/s.npz: there is no such folder"):
+        evaluate(stage, tmp_path, f"--save-statistics={tmp_path}/nowhere/s.npz")
+    evaluate(stage, tmp_path, images=1, captions=1)
+    assert "of 1 captioned images" in capsys.readouterr().out
+    evaluate(stage, tmp_path)
+    assert "3 images; --reference would give their FID, captions" in capsys.readouterr().out
+    evaluate(stage, tmp_path, f"--save-statistics={tmp_path}/s.NPZ")
+    monkeypatch.setattr(stage(5), "frechet_distance", lambda *_: -1e-9)
+    evaluate(stage, tmp_path, f"--reference={tmp_path}/s.NPZ")
+    assert "FID 0.0000 of 3 images" in capsys.readouterr().out
+    assert stage(5).parse_args(["--evaluate", "x"]).batch_size % 3 == 0      # any process count
+
+
+@pytest.fixture()
+def judge_with(stage, monkeypatch, tmp_path):
+    """judge_with(state, vocabulary): StandardJudge on these files, without its Inception."""
+    monkeypatch.setattr(stage(5), "build_inception", lambda: nn.Module())
+    torch.save({"x": torch.zeros(1)}, tmp_path / "inception.pt")
+    monkeypatch.setattr(stage(5), "load_strictly", lambda net, state, path: net)
+
+    def judge(state, vocabulary=b"#version\nh e\n"):
+        torch.save(state, tmp_path / "clip.pt")
+        (tmp_path / "bpe.gz").write_bytes(vocabulary)
+        flags = [f"--{name}={tmp_path}/{file}" for name, file in (
+            ("inception", "inception.pt"), ("clip", "clip.pt"), ("clip-vocab", "bpe.gz"))]
+        return stage(5).StandardJudge(stage(5).parse_args(flags), torch.device("cpu"))
+    return judge
+
+
+def test_side_files_that_cannot_be_meant_are_refused(judge_with, capsys):
+    state = make_clip_state(words=515)
+    judge_with(state)
+    assert "does not say with which activation" in capsys.readouterr().out
+    whole = gzip.compress(b"#version\nh e\n" * 99)
+    for wrong, vocabulary, message in (
+            (state, b"#version\nh e\nl l\n", "516 tokens, .*clip.pt has 515 rows"),
+            (state, whole[:40], "bpe.gz is no vocabulary"), (state, b"\xff\xfe", "no vocabulary"),
+            ({"epoch": 3, "state_dict": state}, None, "clip.pt holds no weights by name"),
+            (torch.zeros(3), None, "clip.pt holds no weights by name"),
+            ({"visual.conv1.weight": torch.zeros(3)}, None, "is not a CLIP"),
+            ({}, None, "holds no weights"), (make_clip_state(1280, words=515), None, "1280 is none"),
+            (make_clip_state(160, words=515), None, "width 160 is none of OpenAI's")):
+        with pytest.raises(SystemExit, match=message):
+            judge_with(wrong, *[vocabulary] if vocabulary else [])

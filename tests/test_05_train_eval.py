@@ -1,7 +1,11 @@
 """Stage 5: the metrics against closed forms, the statistics, the choice of rows."""
+import shutil
+
 import numpy as np
 import pytest
 import torch
+
+from conftest import launch
 
 
 def test_frechet_distance_closed_forms(stage):
@@ -63,3 +67,92 @@ def test_arms_are_told_apart_by_name(stage):
     for name, arms in stage(5).ARMS.items():
         assert len({arm.name for arm in arms}) == len(arms), name
         assert {arm.rank_by for arm in arms} <= set(stage(4).RANKINGS)
+
+
+def keep_few(folder, name="selected-topk-0.5.csv", keys=range(32)):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("key\n" + "".join(f"train{k:06d}\n" for k in keys))
+    return folder / name
+
+
+def test_selections_of_one_name_are_two_arms(stage, tmp_path):
+    """Same names in two folders, and names of the two baselines."""
+    pairs = stage(1).draw_toy(256, 16, 0, "train")
+    files = [keep_few(tmp_path / "A"), keep_few(tmp_path / "B", keys=range(9, 41)),
+             keep_few(tmp_path / "C", "full.csv"), keep_few(tmp_path / "C", "random 32.csv"),
+             keep_few(tmp_path / "C", "mine.csv")]
+    args = stage(5).parse_args(["--selected", *map(str, files)])
+    arms = stage(5).list_arms(args, pairs)
+    names = [arm.name for arm in arms]
+    assert names == ["full", "random 32", *map(str, files[:-1]), "mine"]
+    assert [len(stage(5).choose_rows(arm, pairs, "", 0)) for arm in arms] == [256] + [32] * 6
+    again = stage(5).parse_args(["--selected", str(files[0]), f"{tmp_path}/B/../A/{files[0].name}"])
+    with pytest.raises(SystemExit, match="twice"):
+        stage(5).list_arms(again, pairs)
+
+
+@pytest.mark.parametrize("content,message", [
+    ("key\n", "no line follows"), ("", "key"), ("train000001\ntrain000002\n", "columns key"),
+    ("key\ntrain000001\ntrain000001\n", "more than once, again in row 2"),
+    ("key\ntrain000001\nnobody\n", "key nobody is not among"), (None, "directory"),
+    ("key\ntrain000001\n", "fewer than --batch-size"),
+    (np.arange(0), "no .npy"), (np.arange(20.0), "no .npy"), (np.arange(250, 270), "row numbers"),
+    (np.ones(255, bool), "row numbers")])
+def test_selections_are_checked_before_anything_is_trained(
+        stage, chain, tmp_path, monkeypatch, content, message):
+    """The judge would be the first to train."""
+    monkeypatch.setattr(stage(5), "train_judge", None)
+    shutil.copy(chain / "proxy.pt", tmp_path)
+    file = tmp_path / f"s.{'npy' if isinstance(content, np.ndarray) else 'csv'}"
+    if content is None:
+        file.mkdir()
+    elif isinstance(content, str):
+        file.write_text(content)
+    else:
+        np.save(file, content)
+    good = keep_few(tmp_path)
+    with pytest.raises(SystemExit, match=message) as stop:
+        launch(stage, 5, ["--smoke", "--out", str(tmp_path), "--selected", str(good), str(file)])
+    assert "\n" not in stop.value.code
+
+
+def test_the_column_key_counts_wherever_it_stands(stage, tmp_path):
+    pairs = stage(1).draw_toy(256, 16, 0, "train")
+    (tmp_path / "s.csv").write_text("\ufeffrank,key\n1,train000007\n2,train000003\n")
+    arm = stage(5).Arm("x", file=str(tmp_path / "s.csv"))
+    assert stage(5).choose_rows(arm, pairs, "", 0).tolist() == [7, 3]
+
+
+def test_each_ratings_file_is_read_once(stage, chain, tmp_path, monkeypatch, capsys):
+    """By 10 arms under two seeds; and the cost of the comparison is said before it."""
+    read, files = stage(4).np.loadtxt, []
+    for name in ("proxy.pt", "ratings.csv", "ratings-loss.csv"):
+        shutil.copy(chain / name, tmp_path)
+    monkeypatch.setattr(stage(4).np, "loadtxt", lambda file, *args, **kwargs: (
+        files.append(file.name), read(file, *args, **kwargs))[1])
+    monkeypatch.setattr(stage(1).Progress, "tell_every", 0)
+    launch(stage, 5, ["--smoke", "--out", str(tmp_path)])
+    assert sorted(files) == [str(tmp_path / f"ratings{end}.csv") for end in ("-loss", "")]
+    before, after = capsys.readouterr().out.split("real images", 1)
+    assert "20 models, 136 steps in all" in before and "fewer --seeds" in before
+    assert "step 1 of 136   " in after and "pairs a second" in after and "left" in after
+
+
+def test_what_is_typed_beside_smoke_counts(stage):
+    for number, flags in ((1, ["--steps", "60"]), (2, ["--group-size", "4"]), (5, ["--seeds", "1"])):
+        usual, smoke = stage(number).parse_args([]), stage(number).parse_args(["--smoke"])
+        typed = stage(number).parse_args([*flags, "--smoke"])
+        name = flags[0][2:].replace("-", "_")
+        assert getattr(typed, name) == int(flags[1]) != getattr(smoke, name)
+        assert {k: v for k, v in vars(typed).items() if k != name} == {
+            k: v for k, v in vars(smoke).items() if k != name}
+        assert typed.batch_size == 16 != usual.batch_size
+
+
+@pytest.mark.parametrize("flags", ["--seed -1", "--seed 1.5", "--seed 99999999999999999999",
+                                   "--reference x", "--save-statistics x.npz",
+                                   "--evaluate x --save-statistics x"])
+def test_options_that_cannot_be_meant_are_refused(stage, capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        stage(5).parse_args(flags.split())
+    assert stop.value.code == 2 and flags.split()[-2] in capsys.readouterr().err

@@ -152,7 +152,9 @@ def test_own_pictures_without_strata_or_validation(stage, tmp_path):
         assert done.returncode == 0, done.stderr
     assert len(read(tmp_path / "out" / "ratings.csv")) == 360
     assert run(f"03_score.py --data {tmp_path}/pictures {out}").returncode == 0
-    assert [row["key"] for row in read(tmp_path / "out" / "ratings.csv")] == pairs.keys
+    other, = (tmp_path / "out").glob("ratings-of-*pictures.csv")
+    assert [row["key"] for row in read(other)] == pairs.keys
+    assert len(read(tmp_path / "out" / "ratings.csv")) == 360                # untouched
 
 
 @pytest.mark.parametrize("command,message", [

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, starved or doubled: nothing is lost, the same command goes on."""
 import csv
+import json
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, TORCHRUN, run
+from conftest import ROOT, TORCHRUN, launch, run
 
 # Runs a stage and sends itself a signal at the n-th call of one function: inside a step, a save, ...
 DEADLY = """
@@ -61,6 +62,7 @@ def compare(one, two, names):
             files = [torch.load(folder / name, weights_only=True) for folder in (one, two)]
             for part in ("snapshots", "weights"):
                 assert same_tensors(files[0].get(part), files[1].get(part)), name
+            assert (one / name).read_bytes() == (two / name).read_bytes(), name
         else:
             assert without_clock(one / name) == without_clock(two / name), name
     assert not list(two.glob("*.progress")) and not list(two.glob("*.part"))
@@ -187,13 +189,124 @@ def test_foreign_and_damaged_checkpoints_are_refused(unfinished):
         progress()
 
 
-@pytest.mark.slow
-def test_a_rater_of_another_proxy_is_refused(chain, tmp_path):
+def run_again(path):
+    """As if the stage that wrote this file had run again with another seed."""
+    if path.suffix == ".pt":
+        state = torch.load(path, weights_only=True)
+        state["settings"]["seed"] += 1
+        torch.save(state, path)
+    else:
+        path.write_text(path.read_text().replace("0.", "1."))
+
+
+ARTEFACTS = ("proxy.pt", "rater.pt", "ratings.csv", "ratings.json", "ratings.npy",
+             "selected-topk-0.5.csv", "selected-topk-0.5.json")
+OWN = ["--selected", "OUT/selected-topk-0.5.csv"]
+
+
+@pytest.mark.parametrize("changed,number,flags,message", [
+    ("proxy.pt", 3, [], "another .*proxy.pt: run 02_meta_rater.py"),
+    ("proxy.pt", 4, [], "another .*proxy.pt than is there now: run 03_score.py"),
+    ("proxy.pt", 5, [], "ratings.csv was made from another .*proxy.pt .*run 03_score.py"),
+    ("proxy.pt", 5, OWN, "another .*proxy.pt .*run 04_select.py"),
+    ("rater.pt", 4, [], "ratings.csv was made from another .*rater.pt .*run 03_score.py"),
+    ("rater.pt", 4, ["--ratings", "OUT/ratings.npy"], "another .*rater.pt .*run 03_score.py"),
+    ("rater.pt", 5, [], "another .*rater.pt .*run 03_score.py"),
+    ("ratings.csv", 5, OWN, "selected-topk-0.5.csv was .*another .*ratings.csv .*run 04_select")])
+def test_what_was_made_from_another_file_is_refused(
+        stage, chain, tmp_path, capsys, changed, number, flags, message):
+    for name in ARTEFACTS:
+        shutil.copy(chain / name, tmp_path)
+    flags = ["--smoke", "--out", str(tmp_path),
+             *(flag.replace("OUT", str(tmp_path)) for flag in flags)]
+    if number == 4:
+        launch(stage, number, flags)                       # as long as nothing is changed it runs
+        assert "carries no record" not in capsys.readouterr().out
+    run_again(tmp_path / changed)
+    with pytest.raises(SystemExit, match=message) as stop:
+        launch(stage, number, flags)
+    assert "\n" not in stop.value.code
+    for name in ("ratings.json", "selected-topk-0.5.json"):
+        (tmp_path / name).unlink()
+    if number == 4:                                        # one's own ratings are taken as they are
+        launch(stage, number, flags)
+        assert "carries no record" in capsys.readouterr().out
+
+
+def test_the_same_run_again_makes_the_same_file(stage, chain, tmp_path):
+    """So that nothing later has to run again, wherever and however often it was saved."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    launch(stage, 1, ["--smoke", "--save-every", "0", "--out", str(tmp_path)])
+    torch.set_num_threads(threads)
+    assert (tmp_path / "proxy.pt").read_bytes() == (chain / "proxy.pt").read_bytes()
+    launch(stage, 4, ["--ratings", str(chain / "ratings.csv"), "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "selected-shift-gsample-0.5.json").read_text())
+    assert record["made_from"].keys() == {"proxy.pt", "rater.pt", "ratings.csv"}
+
+
+class Cut(Exception):
+    """Stands for a power failure."""
+
+
+def cut_at(function, count):
+    """The function, until it fails for good at its count-th call."""
+    def failing(*args, **kwargs):
+        failing.calls += 1
+        if failing.calls >= count:
+            raise Cut
+        return function(*args, **kwargs)
+    failing.calls = 0
+    return failing
+
+
+@pytest.mark.parametrize("number,function,changed", [
+    (2, "meta_step", "proxy.pt"), (3, "score_chunk", "rater.pt"), (3, "score_chunk", "proxy.pt")])
+def test_an_interrupted_run_knows_what_it_read(
+        stage, chain, tmp_path, monkeypatch, number, function, changed):
+    """Interrupted, an earlier stage run again, and the same command: half of either is refused."""
     for name in ("proxy.pt", "rater.pt"):
         shutil.copy(chain / name, tmp_path)
-    assert run(f"01_proxy.py --smoke --lr 0.001 --out {tmp_path}").returncode == 0
-    done = run(f"03_score.py --smoke --out {tmp_path}")
-    assert done.returncode == 1 and "grew from another" in done.stderr
+    flags = ["--smoke", "--save-every", "0", "--out", str(tmp_path)]
+    monkeypatch.setattr(stage(3), "CHUNK", 64)
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(stage(number), function, cut_at(getattr(stage(number), function), 3))
+        launch(stage, number, flags)
+    run_again(tmp_path / changed)
+    if changed == "proxy.pt" and number == 3:              # and stage 2 after it
+        rater = torch.load(tmp_path / "rater.pt", weights_only=True)
+        rater["proxy"] = stage(1).digest(tmp_path / "proxy.pt")
+        torch.save(rater, tmp_path / "rater.pt")
+    with pytest.raises(SystemExit, match=f"begun with {changed} = .* delete the file"):
+        launch(stage, number, flags)
+    stage(1).Progress.running = False
+
+
+@pytest.mark.parametrize("place,count", [
+    ("write_record", 1), ("report", 1), ("draw_histogram", 1), ("draw_dynamics", 1),
+    ("score_chunk", 3)])
+def test_stage_3_cut_off_anywhere_continues(stage, chain, tmp_path, monkeypatch, place, count):
+    for name in ("proxy.pt", "rater.pt"):
+        shutil.copy(chain / name, tmp_path)
+    flags = ["--smoke", "--out", str(tmp_path)]
+    if place == "score_chunk":
+        monkeypatch.setattr(stage(3), "CHUNK", 64)
+        flags += ["--save-every", "0"]
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(stage(3), place, cut_at(getattr(stage(3), place), count))
+        launch(stage, 3, flags)
+    cut = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    launch(stage, 3, flags)
+    whole = np.loadtxt(chain / "ratings.csv", delimiter=",", skiprows=1, usecols=3)
+    assert np.allclose(np.load(tmp_path / "ratings.npy"), whole, atol=1e-5)
+    assert not list(tmp_path.glob("*.progress")) and not list(tmp_path.glob("*.part"))
+    for name, content in cut.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "ratings.csv").write_text("of another run")
+    (tmp_path / "ratings.csv.part").unlink(missing_ok=True)
+    with pytest.raises(SystemExit, match="not as the interrupted run left it: delete"):
+        launch(stage, 3, flags)
+    stage(1).Progress.running = False
 
 
 def test_nan_stops_at_its_step_and_names_the_pairs(stage, tmp_path):

@@ -1,6 +1,7 @@
 """Corpora larger than memory: the index, reading from tars, streaming scores, writing shards."""
 import csv
 import io
+import shlex
 import shutil
 import tarfile
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import launch, run
+from conftest import ROOT, launch, run
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,31 @@ def test_new_shards_hold_the_selected_pairs_byte_for_byte(stage, tars, tmp_path)
     run(f"04_select.py --method topk --keep 7 --out {out} --ratings {out}/r.npy "
         f"--write-shards {tmp_path}/rows")
     assert stage(1).open_pairs(tmp_path / "rows", 16, 8).name(range(7)) == pairs.keys[-7:]
+
+
+def test_train_the_rater_on_a_sample_rate_everything_take_home_the_half(stage, tars, tmp_path,
+                                                                        monkeypatch):
+    """The README's line, on three tars of which the first is the sample."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tars[0], tmp_path / "shards")
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines()
+                if "--write-shards half" in line and line.startswith("python 01"))
+    line = line.replace("train-00*", "train-0*").replace("trusted/", "shards/train-1.tar")
+    for command in line.split(" && "):
+        _, file, *flags = shlex.split(command)
+        launch(stage, int(file[1]), [*flags, "--smoke"])
+    ratings = np.load(tmp_path / "big/ratings-of-shards-train.npy")
+    half = stage(1).open_pairs(tmp_path / "half", 16, 8)
+    expected = np.sort(np.argsort(-ratings, kind="stable")[:650])
+    assert half.name(range(650)) == [tars[1].keys[row] for row in expected]
+    assert not (tmp_path / "big/ratings.csv").exists()
+
+
+def test_duplicate_keys_are_counted_and_the_first_named(stage, tars, tmp_path, capsys):
+    for name in ("a.tar", "b.tar"):
+        shutil.copy(tars[0] / "train-0.tar", tmp_path / name)
+    assert len(stage(1).open_pairs(tmp_path, 16, 8)) == 434
+    assert f"skipped 434 (key seen before), first {tars[1].keys[0]}" in capsys.readouterr().out
 
 
 def test_every_training_pair_reaches_the_rater(stage, monkeypatch, tmp_path):
