@@ -172,6 +172,8 @@ def write_shards(folder, out, keys, rows, per_shard=10000):
     if settings.data == "toy":
         raise SystemExit("--write-shards copies real pairs; the toy pairs are drawn anew each time")
     pairs = proxy_stage.open_pairs(settings.data, settings.size, settings.words, out)
+    proxy_stage.compare_corpus(settings, data=pairs)
+    proxy_stage.compare_corpus(settings, data=pairs)
     rows = rows if keys is None else proxy_stage.find_rows(pairs, keys)
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(pairs):
         raise SystemExit(f"{settings.data} does not hold all selected pairs: the ratings are of "
@@ -183,7 +185,7 @@ def write_shards(folder, out, keys, rows, per_shard=10000):
                 for row in part:
                     key, files = pairs.read(row)
                     for kind, data in files.items():
-                        member = tarfile.TarInfo(key + kind)
+                        member = tarfile.TarInfo(proxy_stage.to_name(key) + kind)
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
         print(f"{folder}/{number:06d}.tar: {number * per_shard + len(part)} of {len(rows)} pairs")
