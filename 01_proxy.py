@@ -56,7 +56,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import functional as image_ops
@@ -460,19 +460,19 @@ def load_data(args, device):
         splits = read_dataset(args)
     else:
         corpus = open_pairs(args.data, args.size, args.words, args.out)
-        rng = np.random.default_rng(args.seed)
+        compare_corpus(args, data=corpus)
         if args.val:
-            held = open_pairs(args.val, args.size, args.words, args.out)
+            val, test, _ = deal(open_pairs(args.val, args.size, args.words, args.out), 1, args.seed)
         else:
-            order, count = rng.permutation(len(corpus)), min(len(corpus) // 10, HELD_OUT)
-            held, corpus = (corpus.take(np.sort(part)) for part in (order[:count], order[count:]))
+            val, test, corpus = deal(corpus, 0.1, args.seed)
             print0("no --val: part of the corpus is held out instead. Validation no better than "
                    "the corpus can only ask eq. 6 for more of the same; give it pairs you trust.")
-        corpus = corpus.take(np.sort(np.argsort(corpus.hashes())[:args.pairs]))
-        order = rng.permutation(len(held))[:HELD_OUT]
+        if args.pairs:
+            corpus = corpus.take(np.sort(np.argsort(corpus.hashes())[:args.pairs]))
         args.data, args.val = (path and os.path.abspath(path) for path in (args.data, args.val))
-        splits = [keep_resident(corpus, RESIDENT),
-                  *(keep_resident(held.take(order[k::2])) for k in (0, 1))]
+        splits = [keep_resident(corpus, RESIDENT), keep_resident(val), keep_resident(test)]
+    compare_corpus(args, **dict(zip(("train", "val", "test"), splits)))
+    name_shared(*splits)
     if args.plant:
         if not isinstance(splits[0], Pairs):
             raise SystemExit("--plant works on pairs that fit into memory: take a part of them, "
@@ -485,6 +485,41 @@ def load_data(args, device):
     print0("pairs: " + ", ".join(f"{len(pairs)} {name}" for name, pairs in
                                  zip(("train", "val", "test"), splits)))
     return [pairs.to(device) for pairs in splits]
+
+
+def deal(pairs, share, seed):
+    """Two halves of a share of the pairs, and the rest. A pair's place follows from its key, so
+    that another pair moves none; the share is halved while it holds more than HELD_OUT."""
+    while share * len(pairs) > HELD_OUT:
+        share /= 2
+    lots = pairs.hashes() ^ np.uint64(hash_key(f"split {seed}"))              # (N,)
+    lots = lots * np.uint64(0x9E3779B97F4A7C15) / 2 ** 64                     # mixed, in [0, 1]
+    places = np.digitize(lots, (share / 2, share))
+    return [pairs.take(np.flatnonzero(places == k)) for k in range(3)]
+
+
+def compare_corpus(args, **found):
+    """Note count and keys of pairs in the options of stage 1; later stages compare with these."""
+    noted = vars(args).setdefault("corpus", {})
+    for name, pairs in found.items():
+        now = f"{len(pairs)} pairs, keys {zlib.crc32(pairs.hashes().tobytes()):08x}"
+        if noted.setdefault(name, now) != now:
+            raise SystemExit(f"--data or --val changed after 01_proxy.py ({name}: {noted[name]}; "
+                             f"now {now}): run 01_proxy.py and the stages after it again")
+
+
+def name_shared(train, *held):
+    """Say how many trusted pairs are training pairs too: by key and, in memory, by pixels."""
+    marks = {"keys": [pairs.hashes() for pairs in (train, *held)]}
+    if isinstance(train, Pairs):
+        marks["pixels"] = [[hash(image.tobytes()) for image in pairs.images.numpy()]
+                           for pairs in (train, *held)]
+    for name, (known, *asked) in marks.items():
+        both = np.flatnonzero(np.isin(np.concatenate(asked), known))
+        if len(both):
+            print0(f"{len(both)} trusted pairs have the {name} of training pairs, first "
+                   f"{sum((pairs.keys for pairs in held), [])[both[0]]}: take them out of --data, "
+                   "or validation asks for what is trained on anyway")
 
 
 def main(args, device):
@@ -602,20 +637,21 @@ class Pairs:
 
 
 class Source(NamedTuple):
-    """A tar shard; or an image file with its key and, where a table names it, its row as JSON."""
-    path: Path
+    """A tar shard; or the key of a pair outside of one and {suffix: path, or bytes of a table}."""
+    path: str
     key: str = ""
-    note: str = ""
+    files: dict = {}
 
 
-ENTRY = np.dtype([("source", "i4"), ("offset", "i8"), ("size", "i4"), ("hash", "u8")])  # 24 bytes
+# 24 bytes a pair: its source; where in a tar it begins, how many blocks it has; its key's hash.
+ENTRY = np.dtype([("source", "i4"), ("offset", "i8"), ("blocks", "i4"), ("hash", "u8")])
 
 
 @dataclass
 class Shards:
     """N image-text pairs on disk, found by row: stands in for Pairs where memory is too small."""
     sources: list
-    entries: np.ndarray        # (N,) of ENTRY: where a pair lies, and its key's hash
+    entries: np.ndarray        # (N,) of ENTRY
     size: int
     words: int
     device: str = "cpu"
@@ -633,28 +669,36 @@ class Shards:
     def to(self, device):
         return replace(self, device=device)
 
-    def read(self, row):
-        """Key, and {suffix: bytes} of all files of one pair, read in place."""
-        number, offset, size, _ = self.entries[row].tolist()
-        path, key, note = self.sources[number]
-        if key:
-            texts = [] if note else [path.with_suffix(".txt"), path.with_suffix(".json")]
-            found = {file.suffix.lower(): file.read_bytes() for file in [path, *texts]
-                     if file.is_file()}
-            return key, found | ({".json": note.encode()} if note else {})
+    def read(self, row, types=("",)):
+        """Key, and {suffix: bytes} of a pair's files of some types (all), read in place."""
+        number, offset, blocks, known = self.entries[row].tolist()
+        path, key, places = self.sources[number]
+        if places:
+            return key, {kind: place if isinstance(place, bytes) else Path(place).read_bytes()
+                         for kind, place in places.items() if kind.endswith(types)}
+        files = {}
         with open(path, "rb") as shard:
             shard.seek(offset)
-            run = tarfile.open(fileobj=io.BytesIO(shard.read(size)), mode="r:")
-        found = [(*split_name(member.name), run.extractfile(member).read()) for member in run]
-        return found[0][0], {kind: data for _, kind, data in found[::-1]}
+            tar = tarfile.open(fileobj=shard, mode="r:", encoding="utf-8")
+            for member in iter(tar.next, None):
+                first, stem, kind = split_name(member.name)
+                if hash_key(first) == known:
+                    stem, kind = "", stem.lower() + kind
+                if member.isfile() and hash_key(first + stem) == known:
+                    key = first + stem
+                    if kind.endswith(types):
+                        files.setdefault(kind, tar.extractfile(member).read())
+                if tar.offset >= offset + blocks * BLOCK:
+                    break
+        return key, files
 
     def load(self, row, texts):
-        """image, tokens, key, caption, stratum of a pair, the texts perhaps empty unless they are
+        """image, tokens, key, caption, stratum and further captions of a pair, the texts perhaps empty unless they are
         asked for; or (reason, key) where it cannot be read. The cache takes it, or has it."""
         slot = {"seen": False} if self.cache is None else self.cache[self.places[row]]
         if slot["seen"] and not texts:
-            return slot["image"], slot["tokens"], "", "", ""
-        key, files = self.read(row)
+            return slot["image"], slot["tokens"], "", "", "", ()
+        key, files = self.read(row, IMAGE_TYPES + TEXT_TYPES)
         pair = decode_pair(files, self.size, slot["image"] if slot["seen"] else None)
         if isinstance(pair, str):
             return pair, key
@@ -666,11 +710,13 @@ class Shards:
         """For the DataLoader, asked for (rows, texts): rows, their readable Pairs, the others."""
         found = [self.load(row, asked[1]) for row in asked[0]]
         whole = [pair for pair in found if len(pair) > 2]
-        images, tokens, *columns = map(list, zip(*whole)) if whole else [[]] * 5
+        images, tokens, *columns, further = map(list, zip(*whole)) if whole else [[]] * 6
         images = np.array(images, "u1").reshape(-1, 3, self.size, self.size)
         tokens = np.array(tokens, "i8").reshape(-1, self.words)
         return (asked[0], Pairs(*map(torch.from_numpy, (images, tokens)), *columns),
-                [pair for pair in found if len(pair) == 2])
+                [pair for pair in found if len(pair) == 2]
+                + [(FURTHER, f"{key}: {text}") for key, texts in zip(columns[0] if whole else [],
+                                                                     further) for text in texts])
 
     def parts(self, batches, texts=True, shared=False):
         """For every array of rows in `batches`: the rows and the readable pairs among them.
@@ -686,8 +732,7 @@ class Shards:
             multiprocessing_context="fork" if hasattr(os, "fork") else None,
             worker_init_fn=obey_parent, generator=torch.Generator())
         for rows, part, missing in loader:
-            for reason, key in missing:
-                skipped.setdefault(reason, {})[key] = True
+            skipped.update(dict.fromkeys(missing))
             yield rows, part.to(self.device)
         print_skipped(merge(skipped) if shared else skipped)
 
@@ -697,7 +742,7 @@ class Shards:
         return fill_up(part, rows, self)
 
     def name(self, rows):
-        return [self.read(row)[0] for row in rows]
+        return [self.read(row, ())[0] for row in rows]
 
     def hashes(self):
         return self.entries["hash"]
@@ -775,9 +820,22 @@ def name_class(name):
 
 
 # ---- reading real pairs: WebDataset tars, folders, tables -------------------------------------
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_TYPES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
+TEXT_TYPES = (".txt", ".caption", ".json")                # of several in a pair, the first type
 CAPTION_NAMES = ("caption", "text", "prompt")
+TABLES = ("metadata.csv", "metadata.jsonl")
 RESIDENT = 2e9             # bytes of pixels up to which pairs are kept in memory, or --memory
+BLOCK, RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE     # 512 and 10,240 bytes
+NAME = re.compile(rf"(?:\./)?((?:.*/)?[^./]*)(.*?)((?:{'|'.join(IMAGE_TYPES)})?\.[^.]*)?", re.I)
+BREAKS = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029]")    # of a line
+CONTROLS = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
+UNSEEN = (r"[\s\0-\x1f\x7f-\xa0\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+          r"\u2028-\u202e\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0]*")
+NO_CAPTION = re.compile(f"{UNSEEN}(nan|none|null|<na>|n/a)?{UNSEEN}", re.I)
+MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16",
+         b"\xfe\xff": "utf-16", b"": "utf-8-sig"}
+FURTHER = "further caption of a pair, of which the first is used"
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 30      # not used, no fault
 
 
 def open_pairs(path, size, words, out=None):
@@ -785,34 +843,64 @@ def open_pairs(path, size, words, out=None):
 
     What the index already shows to be of no use is skipped, counted by reason and named once.
     """
-    places, skipped = find_places(path), {}
-    tars = [tar for place in places for tar in
-            ([place] if place.suffix == ".tar" else sorted(place.glob("*.tar")))]
+    skipped = {}
+    files, base = list_files(path, out, skipped)
+    tars = [file for file in files if file.lower().endswith(".tar")]
     if tars:
         sources, entries = [Source(tar) for tar in tars], index_shards(tars, skipped, out)
+        skipped |= {("file beside tars", file): 1 for file in sorted(set(files) - set(tars))}
+    elif out and os.path.realpath(out) == os.path.realpath(path):
+        raise SystemExit(f"{path} is --out as well: results are no pairs, name another --out")
     else:
-        sources = [source for place in places for source in index_folder(place, skipped)]
+        sources = index_tables(files, base, skipped) or index_files(files, base, skipped)
         entries = np.array([(k, 0, 0, hash_key(source.key)) for k, source in enumerate(sources)],
                            ENTRY)
     again = np.ones(len(entries), bool)
     again[np.unique(entries["hash"], return_index=True)[1]] = False           # the first of a key
     pairs = Shards(sources, entries[~again], size, words)
-    if again.any():
+    if again.any():                                        # the first is named, the others counted
         (key,), rest = Shards(sources, entries[again], size, words).name([0]), again.sum() - 1
-        skipped["key seen before"] = dict.fromkeys([key, *range(rest)])       # the first by name
+        skipped |= {("key seen before", str(name)): 1 for name in (key, *range(rest))}
     print_skipped(skipped)
     if not len(pairs):
-        raise SystemExit(f"{path}: no readable pair; README, 'Your own pairs', has the layouts")
+        raise SystemExit(f"{path}: no readable pair; README, 'Your own pairs', has the layouts "
+                         "(unpack what is compressed, call a table metadata.csv)")
     return pairs
 
 
 def find_places(path):
-    """The files or folders that `path`, in which * works, stands for; none is an error."""
-    places = sorted(map(Path, glob.glob(str(path))))
+    """The files or folders that `path`, in which * works, stands for, and the folder that they lie
+    in, or that it names: keys begin there. None is an error. What exists is no pattern."""
+    base = path = os.path.expanduser(path)
+    while base and not os.path.isdir(base):
+        base = os.path.dirname(base)
+    places = [path] if os.path.exists(path) else sorted(
+        glob.glob(glob.escape(base) + path[len(base):], recursive=True))
     if not places:
         raise SystemExit(f"{path}: no such file or folder (pairs are tar shards, as in "
                          "'DIR/train-*.tar', a folder of them, or a folder of images)")
-    return places
+    return places, base or "."
+
+
+def list_files(path, out, skipped):
+    """All files that `path` stands for, and where keys begin. Links to folders are followed once.
+    """
+    (places, base), found, seen = find_places(path), [], {os.path.realpath(out)} if out else set()
+    for place in places:
+        found += [] if os.path.isdir(place) else [place]
+        for folder, folders, names in os.walk(place, followlinks=True):
+            hidden, real = os.path.basename(folder).startswith("."), os.path.realpath(folder)
+            if folder != base and (hidden or real in seen or ".lock" in names):
+                skipped["folder that is hidden, of results, or read already", folder] = 1
+                names, folders[:] = [], []
+            seen.add(real)
+            folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
+            found += [os.path.join(folder, name) for name in names]
+    files = sorted({file for file in found if os.path.isfile(file) and os.access(file, os.R_OK)
+                    and not os.path.basename(file).startswith(".")})
+    rest = sorted(set(found).difference(files))
+    skipped |= {("hidden file, broken link, or not to be read", file): 1 for file in rest}
+    return files, base
 
 
 def index_shards(tars, skipped, out):
@@ -820,14 +908,15 @@ def index_shards(tars, skipped, out):
 
     The first process says which index is meant: another node may hold the same shards elsewhere.
     """
-    named = [(tar.name, tar.stat().st_size) for tar in tars]
+    named = [(os.path.basename(tar), os.path.getsize(tar)) for tar in tars]
     if from_first(named) != named:
-        raise SystemExit(f"{tars[0].parent}: not the shards (names, sizes) of the first process")
-    state = repr([(str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars])
+        raise SystemExit(f"{tars[0]}: these are not the shards (names, sizes) of the first process")
+    state = repr([ENTRY.names, *((os.path.realpath(tar), os.path.getsize(tar),
+                                  os.stat(tar).st_mtime_ns) for tar in tars)])
     file = Path(out) / f"index-{hash_key(from_first(state)):016x}.npz" if out else None
     if not from_first(file and file.exists()):
         with ProcessPoolExecutor(cores(), initializer=obey_parent) as pool:
-            share = np.array_split(tars, world())[rank()]
+            share = np.array_split(np.array(tars, object), world())[rank()]
             indexes = gather_lists(list(pool.map(index_shard, share)))
         for k, (entries, _) in enumerate(indexes):
             entries["source"] = k
@@ -838,92 +927,191 @@ def index_shards(tars, skipped, out):
                 np.savez(stream_, **saved)
     wait_for_all()
     saved = np.load(file, allow_pickle=False) if file else saved
-    for reason, name in saved["skipped"].tolist():
-        skipped.setdefault(reason, {})[name] = True
+    skipped |= {tuple(pair): 1 for pair in saved["skipped"].tolist()}
     return saved["entries"]
 
 
 def index_shard(tar_path):
-    """Entries (n,) of one tar, a run of members KEY.jpg, KEY.txt, ... being a pair; and (reason,
-    name) of what is skipped."""
-    runs, skipped, last = [], [], None
-    try:
-        with tarfile.open(tar_path, "r:") as tar:
-            for member in iter(tar.next, None):
-                tar.members.clear()                       # tarfile would keep them all
-                (key, kind), reason = split_name(member.name), refuse(member)
-                if reason:
-                    skipped.append((reason, f"{tar_path}: {member.name!a}"))
-                if reason or member.isdir():
-                    last = None
-                    continue
-                if key != last:
-                    runs.append([member.offset, 0, key, False])
-                last, run = key, runs[-1]
-                run[1] = member.offset_data + -(-member.size // 512) * 512 - run[0]
-                run[3] |= kind in IMAGE_TYPES
-    except (tarfile.TarError, OSError, ValueError) as error:
-        skipped.append((f"damaged shard, its rest is lost: {error}", str(tar_path)))
-    if runs and sum(runs[-1][:2]) > tar_path.stat().st_size:
-        skipped.append(("cut off at the end of a shard", f"{tar_path}: {runs.pop()[2]}"))
-    skipped += [("no image", f"{tar_path}: {key}") for _, _, key, image in runs if not image]
-    return np.array([(0, offset, size, hash_key(key)) for offset, size, key, image in runs
-                     if image], ENTRY), skipped
+    """Entries (n,) of one tar, and {(reason, name)} of what is skipped."""
+    files, skipped, entries, end, size = [], {}, [], 0, os.path.getsize(tar_path)
+    with (contextlib.suppress(tarfile.TarError, OSError, ValueError),         # the rest is counted
+          tarfile.open(tar_path, "r:", encoding="utf-8") as tar):
+        for member in iter(tar.next, None):
+            tar.members.clear()                           # tarfile would keep them all
+            if tar.offset <= end:
+                break                                     # a damaged size that leads backwards
+            end = tar.offset
+            if member.isfile():
+                files.append((member.name, (member.offset, end)))
+            elif not member.isdir():
+                skipped["link or device in a tar", f"{tar_path}: {member.name}"] = 1
+    with open(tar_path, "rb") as shard:
+        shard.seek(end)
+        tail = shard.read(RECORD + 2 * BLOCK)             # the end mark: two blocks, filled up
+    if not BLOCK <= len(tail) < RECORD + 2 * BLOCK or tail.strip(b"\0"):
+        skipped[f"damaged shard, cut off, compressed or no tar: {max(size - end, 0)} of {size} "
+                "bytes not read", str(tar_path)] = 1
+    for key, pair in find_pairs(files, f"{tar_path}: ", skipped):
+        numbers, spans = zip(*sorted(pair.values()))
+        start, end = spans[0][0], spans[-1][1]
+        if end > size:
+            skipped["cut off at the end of a shard", f"{tar_path}: {key}"] = 1
+        elif numbers[-1] - numbers[0] >= len(numbers):
+            skipped["files of a key are apart in a tar, sort it as tar --sort=name does",
+                    f"{tar_path}: {key}"] = 1
+        else:
+            entries.append((0, start, (end - start) // BLOCK, hash_key(key)))
+    return np.array(entries, ENTRY), skipped
+
+
+def find_pairs(files, where, skipped):
+    """(key, {suffix: (number, place)}) of every image and what belongs to it, from (name, place).
+
+    The key ends at the first dot of a file's name, as in WebDataset, or at the last one where the
+    first would join images of which one has a caption of its own, or none has any.
+    """
+    groups, number = {}, 0
+    for name, place in files:
+        reason = refuse(name, "tar" if where else "folder")
+        if reason:
+            skipped[reason, where + name] = 1
+            continue
+        key, stem, kind = split_name(name)
+        number += kind.endswith(IMAGE_TYPES + TEXT_TYPES)
+        groups.setdefault(key, {}).setdefault(stem, {}).setdefault(kind, (number, place))
+    for key, parts in groups.items():
+        if len(parts) > 1 or "" not in parts:
+            images, texts = ({stem for stem in parts if of_types(parts[stem], types)}
+                             for types in (IMAGE_TYPES, TEXT_TYPES))
+            if len(images) > 1 and (not texts or images & texts - {""}):
+                skipped["first dot as the end of a key, which would join images", where + key] = 1
+            else:
+                parts = {"": {stem.lower() + kind: place for stem, pair in parts.items()
+                              for kind, place in pair.items()}}
+        for stem, pair in parts.items():
+            images = of_types(pair, IMAGE_TYPES)
+            if images:
+                yield key + stem, pair
+            elif of_types(pair, TEXT_TYPES):
+                skipped["no image", where + key + stem] = 1
+            else:
+                kinds = " ".join(pair) or "no suffix"
+                skipped[f"neither image nor caption: {kinds}", where + key + stem] = 1
+            for kind in images[1:]:
+                skipped["another image of a pair", where + key + stem + kind] = 1
+
+
+def of_types(kinds, types):
+    """The suffixes of some types, the preferred first: '.jpg', then '.png', then '.seg.jpg'."""
+    found = [kind for kind in kinds if kind.endswith(types)]
+    return found if len(found) < 2 else sorted(found, key=lambda kind: (
+        kind.count("."), types.index(kind[kind.rindex("."):]), kind))
 
 
 def split_name(name):
-    """'./a/b.c.JPG' -> ('a/b.c', '.jpg')"""
-    key, _, kind = name.removeprefix("./").rpartition(".")
-    return key, f".{kind.lower()}"
+    """'./a/b.c.JPG' -> ('a/b', '.c', '.jpg'). What `to_name` changed is turned back."""
+    key, dot, kind = name.removeprefix("./").rpartition(".")
+    key, stem, kind = ((key, "", dot + kind) if dot and "." not in key else
+                       NAME.fullmatch(name).groups(""))
+    return to_key(key), to_key(stem), kind.lower()
 
 
-def refuse(member):
-    """Why a member of a tar is not read, or None. Nothing is unpacked, but keys end up in files."""
-    key, _ = split_name(member.name)
-    if not member.isfile() and not member.isdir():
-        return "link or device in a tar"
-    if not key.isprintable() or key.startswith("/") or ".." in key.split("/"):
-        return "unsafe name in a tar"
-    return None
+def to_key(name):
+    """A name as a key, without what cannot be written: bytes that are no UTF-8 become \\xe9."""
+    name = name.replace("%2E", ".").replace("%2F", "/") if "%" in name else name
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
 
 
-def index_folder(folder, skipped):
-    """Sources of a folder: images with .txt or .json beside them, or one metadata table."""
-    for table in (folder / "metadata.csv", folder / "metadata.jsonl"):
-        if table.exists():
-            return index_table(table, skipped)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_TYPES)
-    return [Source(file, file.relative_to(folder).with_suffix("").as_posix()) for file in files]
+def to_name(key):
+    """A member's name from which any reader gets a key of its own, and no file out of a folder."""
+    return re.sub(r"\.|^/", lambda found: f"%{ord(found[0]):X}", key)
 
 
-def index_table(table, skipped):
-    """Sources of metadata.csv or metadata.jsonl: `file_name` and `text`, `caption` or `prompt`."""
-    with open(table, encoding="utf-8-sig", errors="replace", newline="") as lines:
-        rows = list(csv.DictReader(lines) if table.suffix == ".csv" else map(parse_json, lines))
-    if rows and not any("file_name" in row and find_caption(row) for row in rows):
-        raise SystemExit(f"{table}: needs columns file_name and one of {', '.join(CAPTION_NAMES)}")
+def refuse(name, where):
+    """Why a file is not read, or ''. Nothing is unpacked, but keys end up in files."""
+    parts = name.removeprefix("./").replace("\\", "/").split("/")
+    if BREAKS.search(name) or ".." in parts or parts[0][1:] == ":" or not parts[0]:
+        return f"unsafe name in a {where}"
+    return f"hidden file in a {where}" if "/." in "/" + "/".join(parts) else ""
+
+
+def index_files(files, base, skipped):
+    """Sources of a folder: images with .txt or .json beside them."""
+    named = [(os.path.relpath(file, base).replace(os.sep, "/"), file) for file in files]
+    return [Source(base, key, {kind: file for kind, (_, file) in pair.items()})
+            for key, pair in find_pairs(named, "", skipped)]
+
+
+def index_tables(files, base, skipped):
+    """Sources of metadata.csv and .jsonl: `file_name` and `text`, `caption` or `prompt`."""
+    tables = [file for file in files if os.path.basename(file).lower() in TABLES]
     sources = []
-    for row in rows:
-        file = table.parent / str(row.get("file_name"))
-        if file.is_file():
-            key = Path(str(row["file_name"])).with_suffix("").as_posix()
-            sources.append(Source(file, key, json.dumps({k: v for k, v in row.items() if k})))
-        else:
-            skipped.setdefault("image file missing", {})[str(file)] = True
+    for table in tables:
+        rows, folder = list(read_rows(table)), os.path.dirname(table)
+        if rows and not any("file_name" in row and set(row).intersection(CAPTION_NAMES)
+                            for _, row in rows):
+            raise SystemExit(f"{table}: needs columns file_name and one of "
+                             f"{', '.join(CAPTION_NAMES)}")
+        for line, row in rows:
+            name, file = row.get("file_name"), os.path.join(folder, str(row.get("file_name")))
+            if not isinstance(name, str) or name.splitlines() != [name]:
+                skipped["row that does not fit its table", f"{table}, line {line}"] = 1
+            elif not os.path.isfile(file):
+                skipped["image file missing", file] = 1
+            else:
+                key = to_key(Path(os.path.relpath(folder, base), name).with_suffix("").as_posix())
+                kind, texts = os.path.splitext(name)[1].lower(), find_captions(row)
+                kind = kind if kind in IMAGE_TYPES else IMAGE_TYPES[0]
+                skipped |= {(FURTHER, f"{key}: {text}"): 1 for text in texts[1:]}
+                note = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
+                sources.append(Source(file, key, {kind: file, ".json": note} | {
+                    ".txt": text.encode() for text in texts[:1]}))
+    named = {os.path.abspath(file) for file in [*tables, *(source.path for source in sources)]}
+    skipped |= {("file that no table names", file): 1 for file in files
+                if tables and os.path.abspath(file) not in named}
     return sources
 
 
+def read_rows(table):
+    """(line number, record) of a table's rows; {} for one that does not fit. A quote that is not
+    closed within 50 lines takes no other row with it."""
+    lines = re.split("\r\n|\r|\n", decode_text(Path(table).read_bytes()))
+    if table.lower().endswith(".jsonl"):
+        yield from ((k, parse_json(line)) for k, line in enumerate(lines, 1) if line.strip())
+        return
+    columns, first = [], 0
+    while first < len(lines):
+        row, line = [], first
+        for last in range(first + 1, min(first + 50, len(lines)) + 1):
+            with contextlib.suppress(csv.Error):
+                row = next(csv.reader(["\n".join(lines[first:last])], strict=True))
+                break
+        first = last if len(row) == len(columns or row) else first + 1
+        if columns and lines[line].strip():
+            yield line + 1, dict(zip(columns, row)) if len(row) == len(columns) else {}
+        columns = columns or [name.strip() for name in row]
+
+
 def print_skipped(skipped):
-    for reason, names in skipped.items():
-        print0(f"skipped {len(names)} ({reason}), first {next(iter(names))}")
+    """A line for each reason of {(reason, name)}: how many names, and the first."""
+    for reason in dict.fromkeys(reason for reason, _ in skipped):
+        names = [name for other, name in skipped if other == reason]
+        print0(f"skipped {len(names)} ({reason}), first {' '.join(clean(names[0]).split())}")
+
+
+def decode_text(data):
+    """Text in the encoding of its byte-order mark, or in UTF-8; what is neither as U+FFFD."""
+    return data.decode(next(MARKS[mark] for mark in MARKS if data.startswith(mark)), "replace")
+
+
+def clean(text):
+    """Text that can be written and printed: no controls, no lone surrogates."""
+    return CONTROLS.sub(" ", text).strip().encode("utf-8", "backslashreplace").decode()
 
 
 def merge(skipped):
-    """{reason: {name: True}} of all processes; only the first gets it."""
-    merged = {}
-    for reason, names in gather_lists(list(skipped.items())):
-        merged.setdefault(reason, {}).update(names)
-    return merged
+    """{(reason, name)} of all processes; only the first gets it."""
+    return dict.fromkeys(gather_lists(list(skipped)))
 
 
 def parse_json(text):
@@ -935,40 +1123,56 @@ def parse_json(text):
     return value if isinstance(value, dict) else {}
 
 
-def find_caption(record):
-    """The caption in a JSON record or a table row, '' where there is none."""
-    texts = (record.get(name) for name in CAPTION_NAMES)
-    return next((text for text in texts if isinstance(text, str)), "")
+def find_captions(record):
+    """The captions of a JSON record or a table row: of its first field that has any. What was
+    decoded with loss is none."""
+    fields = (record.get(name) for name in CAPTION_NAMES)
+    found = ([clean(text) for text in (field if isinstance(field, list) else [field])
+              if isinstance(text, str) and "\ufffd" not in text and not NO_CAPTION.fullmatch(text)]
+             for field in fields)
+    return next(filter(None, found), [])
+
+
+def list_captions(files):
+    """The captions of a pair, of its text files or else its JSON, and why there is none."""
+    texts = {kind: decode_text(files[kind]) for kind in of_types(files, TEXT_TYPES)}
+    found = (find_captions(parse_json(text) if kind.endswith(".json") else {"text": text})
+             for kind, text in texts.items())
+    lost = "\ufffd" in "".join(texts.values())
+    return next(filter(None, found), []), "caption is not UTF-8" if lost else "no caption"
 
 
 def read_caption(files):
-    """The caption from the .txt, else from the JSON, '' where there is none."""
-    text = files.get(".txt", b"").decode("utf-8", "replace").strip()
-    return text or find_caption(parse_json(files.get(".json", b""))).strip()
+    """The caption that is used, '' where there is none."""
+    return (list_captions(files)[0] or [""])[0]
 
 
 def find_image(files):
-    """The first image file of a pair, as bytes."""
-    return next(data for kind, data in files.items() if kind in IMAGE_TYPES)
+    """The image file of a pair, as bytes."""
+    return files[of_types(files, IMAGE_TYPES)[0]]
 
 
 def decode_pair(files, size, image=None):
-    """(image (3, size, size) uint8, caption, stratum) of a pair's files, or why it has none."""
-    caption = read_caption(files)
-    if not caption:
-        return "no caption"
+    """(image (3, size, size) uint8, caption, stratum, further captions) of a pair's files, or why
+    it has none."""
+    captions, reason = list_captions(files)
+    if not captions:
+        return reason
     try:
         image = decode(find_image(files), size) if image is None else image
     except Exception as error:                             # decoders of broken files raise anything
-        return f"unreadable image: {type(error).__name__}"
-    return image, caption, str(parse_json(files.get(".json", b"")).get("stratum", ""))
+        return f"unreadable image: {re.split('[<(]', str(error))[0].strip()}"
+    stratum = str(parse_json(decode_text(files.get(".json", b""))).get("stratum") or "")
+    return image, captions[0], " ".join(clean(stratum).split()), captions[1:]
 
 
 def open_image(data, side=None):
     """Image bytes -> PIL image in RGB, on white, upright; a large JPEG at 2 `side` at least."""
     image = Image.open(io.BytesIO(data))
     image.draft(None, side and (2 * side, 2 * side))
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    with contextlib.suppress(Exception):                  # broken EXIF: the pixels are sound
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):                        # 16 bit: keep the upper eight
         image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

@@ -287,6 +287,8 @@ def write_shards(folder, out, data, keys, rows, per_shard=10000):
     if data == "toy":
         raise SystemExit("--write-shards copies real pairs; the toy pairs are drawn anew each time")
     pairs = proxy_stage.open_pairs(data, settings.size, settings.words, out)
+    if data == settings.data:
+        proxy_stage.compare_corpus(settings, data=pairs)
     rows = rows if keys is None else proxy_stage.find_rows(pairs, keys)
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(pairs):
         raise SystemExit(f"{data} does not hold all selected pairs: the ratings are of "
@@ -309,7 +311,7 @@ def write_shard(file, pairs):
         for row in range(len(pairs)):
             key, files = pairs.read(row)
             for kind, data in files.items():
-                member = tarfile.TarInfo(key + kind)
+                member = tarfile.TarInfo(proxy_stage.to_name(key) + kind)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     return len(pairs)

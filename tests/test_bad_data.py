@@ -1,4 +1,8 @@
-"""Every kind of broken input: skipped and counted, or refused; no key gets another's rating."""
+"""Every kind of broken or odd input: read as a person would, or skipped and counted by its cause.
+
+The kinds stand in tables: KINDS (a picture with its caption each), LAYOUTS (files that make pairs,
+as a folder and as a tar) and TABLES (rows of a metadata file).
+"""
 import io
 import json
 import struct
@@ -10,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import launch, run, write_pictures
+from conftest import launch, write_pictures
 
 
 def encode(mode="RGB", kind="PNG", size=(20, 14), colour=None, **settings):
@@ -33,7 +37,7 @@ PNG, JPEG = encode(colour=(200, 40, 40)), encode(kind="JPEG", colour=(40, 200, 4
 FRAMES = [Image.new("P", (8, 8), k) for k in range(3)]
 GIF = io.BytesIO()
 FRAMES[0].save(GIF, "GIF", save_all=True, append_images=FRAMES[1:])
-UNREADABLE, SILENT = "unreadable image", "no caption"
+UNREADABLE, SILENT, LOSSY = "unreadable image", "no caption", "caption is not UTF-8"
 
 # name: (image file, its bytes, caption as .txt or .json bytes, reason or None where it is kept)
 KINDS = {
@@ -50,7 +54,7 @@ KINDS = {
     "transparent": (".png", encode("RGBA", colour=(0, 0, 255, 9)), b"x", None),
     "one pixel": (".png", encode(size=(1, 1)), b"x", None),
     "long and thin": (".png", encode(size=(30000, 2)), b"x", None),
-    "gif": (".gif", GIF.getvalue(), b"x", "no image"),
+    "gif": (".gif", GIF.getvalue(), b"x", None),
     "animated": (".png", GIF.getvalue(), b"x", None),
     "png as jpg": (".jpg", PNG, b"x", None),
     "capitals": (".JPG", JPEG, b"x", None),
@@ -60,7 +64,7 @@ KINDS = {
     "control characters": (".png", PNG, b"a\x07b\x1b[31m \x00 red", None),
     "right to left": (".png", PNG, "قطة على الطاولة".encode(), None),
     "emoji": (".png", PNG, "😀🐈".encode(), None),
-    "not utf-8": (".png", PNG, b"caf\xe9", None),
+    "not utf-8": (".png", PNG, b"caf\xe9", LOSSY),
     "mathematics": (".png", PNG, b"it costs $5 \\alpha or $6_{", None),
     "json": (".png", PNG, b'{"caption": "from json"}', None),
     "json number": (".png", PNG, b'{"caption": 5}', SILENT),
@@ -130,7 +134,7 @@ def test_thirty_kinds_of_broken_pairs(stage, corpus, capsys):
             files = {text_kind(key): text}
             assert caption == stage(1).read_caption(files), key
     said = capsys.readouterr().out
-    for reason, count in ((SILENT, 6), ("no image", 1), ("link or device in a tar", 4),
+    for reason, count in ((SILENT, 6), (LOSSY, 1), ("link or device in a tar", 4),
                           ("unsafe name in a tar", 8 * 2), ("key seen before", 2)):
         assert f"skipped {count} ({reason})" in said, said
     bad = sum(reason == UNREADABLE for *_, reason in KINDS.values())
@@ -157,10 +161,9 @@ def test_ratings_of_a_bad_corpus_belong_to_their_keys(stage, corpus, tmp_path, m
 def test_folders_and_tables(stage, tmp_path, capsys):
     rows = ["file_name,caption"]
     for k, (key, (kind, image, text, _)) in enumerate(KINDS.items()):
-        if kind != ".gif":
-            (tmp_path / f"{k} picture{kind}").write_bytes(image)
-            (tmp_path / f"{k} picture{text_kind(key)}").write_bytes(text or b"")
-            rows.append(f"{k} picture{kind},from the table")
+        (tmp_path / f"{k} picture{kind}").write_bytes(image)
+        (tmp_path / f"{k} picture{text_kind(key)}").write_bytes(text or b"")
+        rows.append(f"{k} picture{kind},from the table")
     pairs = stage(1).keep_resident(stage(1).open_pairs(tmp_path, 16, 8))
     assert len(pairs) == len(KEPT) and "unreadable" in capsys.readouterr().out
     (tmp_path / "metadata.csv").write_text("\ufeff" + "\n".join([*rows, "gone.png,x", rows[1]]))
@@ -173,6 +176,305 @@ def test_folders_and_tables(stage, tmp_path, capsys):
         stage(1).open_pairs(tmp_path, 16, 8)
 
 
+RED, GREEN, BLUE = (encode(colour=colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
+COLOURS = {(255, 0, 0): RED, (0, 255, 0): GREEN, (0, 0, 255): BLUE}
+FORMATS = {"avif": "AVIF", "bmp": "BMP", "gif": "GIF", "tif": "TIFF", "jfif": "JPEG",
+           "webp": "WEBP"}
+
+ORDINARY = ("Shot 3\u202fPM", "\u0645\u06cc\u200c\u062e", "a\u200db", "\u3000", "a.b/c  d", "50%")
+
+
+def pairs_of(*keys):
+    return {f"{key}.{kind}": data for key in keys for kind, data in (("jpg", RED), ("txt", b"x"))}
+
+
+# {name: bytes} in a tar's order; {key: (picture, caption)} as read; {beginning of reason: count}
+LAYOUTS = {
+    "photo and mask": ({"0.png": BLUE, "0.jpg": RED, "0.txt": b"x"}, {"0": (RED, "x")},
+                       {"another image of a pair": 1}),
+    "mask with its own suffix": ({"0.jpg": RED, "0.seg.png": BLUE, "0.txt": b"x"},
+                                 {"0": (RED, "x")}, {"another image of a pair": 1}),
+    "mask first": ({"0.depth.png": BLUE, "0.txt": b"x", "0.webp": RED}, {"0": (RED, "x")},
+                   {"another image of a pair": 1}),
+    "extra JSON and classes": ({"0.jpg": RED, "0.meta.json": b"[1]", "0.txt": b"x", "0.cls": b"7",
+                                "0.npy": b"7"}, {"0": (RED, "x")}, {}),
+    "two words of suffix": ({"a.b/0.rgb.jpg": RED, "a.b/0.txt": b"x"}, {"a.b/0": (RED, "x")}, {}),
+    "dots in names": ({"photo.v2.jpg": RED, "photo.v2.txt": b"x", "photo.v3.jpg": BLUE,
+                       "photo.v3.txt": b"y"}, {"photo.v2": (RED, "x"), "photo.v3": (BLUE, "y")},
+                      {"first dot as the end of a key": 1}),
+    "a dot in one of two": ({"p.jpg": RED, "p.txt": b"x", "p.V2.jpg": BLUE, "p.V2.jpg.txt": b"y"},
+                            {"p": (RED, "x"), "p.V2": (BLUE, "y")},
+                            {"first dot as the end of a key": 1}),
+    "capitals": ({"IMG.JPG": RED, "IMG.TXT": b"x", "B.Png": BLUE, "B.Json": b'{"caption": "y"}'},
+                 {"IMG": (RED, "x"), "B": (BLUE, "y")}, {}),
+    "a Mac's companions": ({"._0.jpg": b"Mac", "0.jpg": RED, "._0.txt": b"Mac", ".DS_Store": b"",
+                            "0.txt": b"x", "__MACOSX/._0.jpg": b"Mac"}, {"0": (RED, "x")},
+                           {"hidden file": 4}),
+    "hidden folders": ({".thumbs/0.jpg": RED, ".thumbs/0.txt": b"x", "0.jpg": BLUE, "0.txt": b"y"},
+                       {"0": (BLUE, "y")}, {"": None}),
+    "Windows' companions": ({"0.jpg": RED, "Thumbs.db": b"", "desktop.ini": b"", "0.txt": b"x",
+                             "1.txt": b"x"}, {"0": (RED, "x")},
+                            {"neither image nor caption: .db": 1,
+                             "neither image nor caption: .ini": 1, "no image": 1}),
+    "kinds of pictures": ({f"{kind}.{suffix}": data for kind, pillow in FORMATS.items()
+                           for suffix, data in ((kind, encode(kind=pillow, colour=(255, 0, 0))),
+                                                ("txt", b"x"))},
+                          {kind: (RED, "x") for kind in FORMATS}, {}),
+    "kinds that Pillow does not open": ({"0.heic": b"?", "1.svg": b"?", "2": b"?", "3.jpg": RED,
+                                         "3.caption": b"x"}, {"3": (RED, "x")},
+                                        {"neither image nor caption: .heic": 1,
+                                         "neither image nor caption: .svg": 1,
+                                         "neither image nor caption: no suffix": 1}),
+    "spaces and joiners in names": (pairs_of(*ORDINARY, "a%2Eb"), {
+        key: (RED, "x") for key in (*ORDINARY, "a.b")}, {}),
+    "names that break a line": (pairs_of("0", *(f"a{sign}b" for sign in
+                                                "\n\r\x0b\x85\u2028\u2029\x1b\x7f")),
+                                {"0": (RED, "x")}, {"unsafe name": 16}),
+    "a name that is not UTF-8": ({"caf\udce9.png": RED, "caf\udce9.txt": b"x"},
+                                 {"caf\\udce9": (RED, "x")}, {}),
+    "marks and encodings": ({name + kind: data for name, text in {
+        "utf-16": "caf\u00e9".encode("utf-16"), "big": b"\xfe\xff\0x",
+        "utf-32": "x".encode("utf-32"), "mark": b"\xef\xbb\xbfx", "cp1252": b"caf\xe9 x",
+        "gbk": "\u7ea2\u8272\u7684\u732b".encode("gbk"),
+        "odd": b"\xff\xfea", "json": b'\xef\xbb\xbf{"caption": "x"}'}.items() for kind, data in (
+            (".png", RED), (".json" if name == "json" else ".txt", text))},
+        {"utf-16": (RED, "caf\u00e9"), "big": (RED, "x"), "utf-32": (RED, "x"), "mark": (RED, "x"),
+         "json": (RED, "x")}, {LOSSY: 3}),
+    "captions with nothing to see": ({f"{k}.{kind}": data for k, text in enumerate((
+        "\0\0", "\u200b\u200d\ufeff", " \n\t ", "\u3164", "\ufe0f", "nan", "NaN ", "None", "N/A",
+        "\u2800", "a \u200d"))
+        for kind, data in (("png", RED), ("txt", text.encode()))}, {"10": (RED, "a \u200d")},
+        {SILENT: 10}),
+    "fields of JSON": ({f"{k}.{kind}": data for k, record in enumerate((
+        {"caption": "", "text": "x"}, {"caption": ["", "x", "y", "z"]},
+        {"caption": None, "text": ["x"]},
+        {"prompt": "x", "stratum": "a\nb"}, {"caption": "nan", "text": "x"},
+        {"caption": "a \ud800 x"}, {"caption": {"a": 1}}, {"title": "x"}))
+        for kind, data in (("png", RED), ("json", json.dumps(record).encode()))},
+        {"0": (RED, "x"), "1": (RED, "x"), "2": (RED, "x"), "3": (RED, "x"), "4": (RED, "x"),
+         "5": (RED, "a \\ud800 x")}, {"further caption of a pair": 2, SILENT: 2}),
+}
+
+
+def colour_of(image):
+    """The picture of one of three colours that an image (3, H, W) shows."""
+    return COLOURS[tuple(255 * int(value > 127) for value in image[:, 8, 8])]
+
+
+def read(stage, place, out=None):
+    """{key: (picture, caption)} of a corpus, as training sees it."""
+    pairs = stage(1).keep_resident(stage(1).open_pairs(place, 16, 64, out))
+    return {key: (colour_of(image), caption) for key, image, caption in zip(
+        pairs.keys, pairs.images, pairs.captions)}
+
+
+def write(folder, files):
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            add(tar, name, data)
+    return path
+
+
+def count(said, reason):
+    """How many were skipped for reasons that begin so."""
+    return sum(int(line.split()[1]) for line in said.splitlines()
+               if line.startswith("skipped") and line.split(" (", 1)[1].startswith(reason))
+
+
+@pytest.mark.parametrize("place", ["tar", "folder"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_files_give_the_same_pairs(stage, tmp_path, capsys, layout, place):
+    files, expected, reasons = LAYOUTS[layout]
+    path = write_tar(tmp_path / "0.tar", files) if place == "tar" else write(tmp_path / "d", files)
+    found = read(stage, path)
+    said = capsys.readouterr().out
+    assert found == expected, said
+    for reason, number in reasons.items():
+        assert count(said, reason) == number or number is None and count(said, reason), said
+    assert reasons or "skipped" not in said.replace("first dot", ""), said
+
+
+def test_what_a_folder_can_hold(stage, tmp_path, capsys, monkeypatch):
+    """Links once, broken ones counted; class folders, by a pattern too; loose files beside tars."""
+    data = write(tmp_path / "photos [2023]", pairs_of("cats/0", "dogs/0"))
+    (data / "b.png").mkdir()
+    (data / "gone.png").symlink_to(data / "nowhere.png")
+    (data / "again").symlink_to(data, target_is_directory=True)
+    write(tmp_path / "other", pairs_of("1"))
+    (data / "other").symlink_to(tmp_path / "other", target_is_directory=True)
+    found = read(stage, data)
+    said = capsys.readouterr().out
+    assert {"cats/0", "dogs/0", "other/1"} <= set(found) and len(found) == 3, said
+    assert count(said, "hidden file, broken link") == 1
+    assert count(said, "folder that is hidden, of results, or read already") >= 1
+    assert set(read(stage, data / "[cd]*s")) == {"cats/0", "dogs/0"}
+    assert "key seen before" not in capsys.readouterr().out
+    assert set(read(stage, f"{data}/c*")) == {"cats/0"}
+    monkeypatch.chdir(tmp_path)
+    assert set(read(stage, "photos [2023]")) == set(found)
+    write_tar(tmp_path / "other" / "a.TAR", pairs_of("2"))
+    write_tar(tmp_path / "other" / "._a.tar", {})
+    capsys.readouterr()
+    assert set(read(stage, "other")) == {"2"}
+    assert count(capsys.readouterr().out, "file beside tars") == 2
+    assert set(read(stage, "o*r/**/*.TAR")) == {"2"}
+    for path in ("{00000..00012}.tar", "s3://bucket/x.tar", "pipe:cat x.tar", "", "photos [2024]"):
+        with pytest.raises(SystemExit, match="no such file or folder"):
+            stage(1).open_pairs(path, 16, 8)
+
+
+TAR_END = "damaged shard"
+
+
+def test_a_tar_is_read_to_its_end_or_the_rest_is_said(stage, tmp_path, capsys):
+    """A header damaged at any place, zeros, a missing end, a second tar behind the first."""
+    path = write_tar(tmp_path / "0.tar", pairs_of(*range(20)))
+    whole = path.read_bytes()
+    assert len(whole) == 51200 and len(read(stage, path)) == 20
+    assert "skipped" not in capsys.readouterr().out
+
+    def after(data):
+        path.write_bytes(data)
+        found = len(stage(1).index_shard(path)[0])
+        reasons = [reason for reason, _ in stage(1).index_shard(path)[1]]
+        return found, [reason for reason in reasons if reason.startswith(TAR_END)]
+    for number in (0, 1, 9, 39):
+        at = number * 1024
+        broken = whole[:at] + b"?" + whole[at + 1:]
+        found, reasons = after(broken)
+        assert found == (number + 1) // 2 and f"{51200 - at} of 51200 bytes" in reasons[0]
+    assert after(whole[:10240] + bytes(len(whole) - 10240)) == (5, [
+        f"{TAR_END}, cut off, compressed or no tar: 40960 of 51200 bytes not read"])
+    assert after(whole + whole)[1] and after(whole[:40960] + b"x" * 1024)[1]
+    assert after(whole[:40960])[0] == 20 and after(whole[:40960])[1]          # no end mark
+    found, reasons = after(whole[:40960 - 1024 + 300])                        # within 19.txt
+    assert found == 19 or reasons
+    for good in (whole, whole[:40960] + bytes(1024), whole[:40960] + bytes(512), bytes(10240)):
+        assert not after(good)[1]
+    for bad in (b"", b"<html>", zlib.compress(whole), b"\x1f\x8b" + whole[2:]):
+        assert after(bad)[0] == 0 and after(bad)[1]
+
+
+def test_files_of_a_key_that_are_apart(stage, tmp_path, capsys):
+    names = [f"{k}.{kind}" for kind in ("jpg", "txt") for k in range(4)]
+    files = {name: RED if name.endswith("jpg") else b"x" for name in names}
+    with pytest.raises(SystemExit, match="no readable pair"):
+        read(stage, write_tar(tmp_path / "0.tar", files))
+    said = capsys.readouterr().out
+    assert count(said, "files of a key are apart in a tar, sort it as tar --sort=name does") == 4
+    assert len(read(stage, write(tmp_path / "d", files))) == 4
+
+
+def test_a_pair_of_more_than_two_gigabytes(stage, tmp_path):
+    """A member that is not needed for training may be of any size; the file is sparse."""
+    with open(tmp_path / "0.tar", "wb") as file:
+        for name, data, size in (("0.jpg", RED, 0), ("0.npy", b"", 5 << 30), ("0.txt", b"x", 0)):
+            member = tarfile.TarInfo(name)
+            member.size = len(data) + size
+            file.write(member.tobuf(tarfile.GNU_FORMAT) + data)
+            file.seek(size + -len(data) % 512, 1)
+        file.truncate(file.tell() + 1024)
+    assert read(stage, tmp_path / "0.tar") == {"0": (RED, "x")}
+
+
+# What a table says; {key: caption}; {reason: count}. The pictures 0.jpg to 9.jpg lie beside it.
+NEXT = 'file_name,caption\n{}\n1.jpg,"one, with a comma"\n2.jpg,two\n'
+REST = {"1": "one, with a comma", "2": "two"}
+TABLES = {
+    "plain": (NEXT.format('0.jpg,"zero\nof two lines, ""quoted"""'),
+              REST | {"0": 'zero\nof two lines, "quoted"'}, {}),
+    "quote not closed": (NEXT.format('0.jpg,"never closed') + "3.jpg,x\n" * 6000,
+                         REST | {"3": "x"}, {"row that does not fit": 1, "key seen before": 5999}),
+    "two not closed": (NEXT.format('0.jpg,"never\n3.jpg,"never, too'), REST,
+                       {"row that does not fit": 2}),
+    "comma without quotes": (NEXT.format("0.jpg,a red, round ball"), REST,
+                             {"row that does not fit": 1}),
+    "too few, empty lines": (NEXT.format("0.jpg\n\n  \n"), REST, {"row that does not fit": 1}),
+    "an inch": (NEXT.format('0.jpg,a 5" nail'), REST | {"0": 'a 5" nail'}, {}),
+    "columns swapped": (NEXT.format("word " * 100 + ",0.jpg"), REST, {"image file missing": 1}),
+    "empty, nan": (NEXT.format("0.jpg,\n3.jpg,nan"), REST, {SILENT: 2}),
+    "lines of Windows": (NEXT.format("0.jpg,x").replace("\n", "\r\n"), REST | {"0": "x"}, {}),
+    "utf-16": (NEXT.format("0.jpg,caf\u00e9").encode("utf-16"), REST | {"0": "caf\u00e9"}, {}),
+    "cp1252": (NEXT.format("0.jpg,caf\u00e9").encode("cp1252"), REST, {LOSSY: 1}),
+    "other columns": ('text,file_name,caption\nx,0.jpg,\ny,1.jpg,z\n', {"0": "x", "1": "z"}, {}),
+    "lines of JSON": ("\n".join(['{"file_name": "0.jpg", "caption": ["x", "y", "z"]}', "",
+                                 "{broken", "[1]",
+                                 '{"file_name": "1.jpg", "caption": "", "text": "y"}',
+                                 '{"caption": "x"}', '{"file_name": 2, "caption": "x"}',
+                                 '{"file_name": "4.jpg", "caption": "a \\ud83d b"}']),
+                      {"0": "x", "1": "y", "4": "a \\ud83d b"},
+                      {"row that does not fit": 4, "further caption": 2}),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_rows_of_tables(stage, tmp_path, capsys, table):
+    text, expected, reasons = TABLES[table]
+    write(tmp_path, {f"{k}.jpg": RED for k in range(10)})
+    data = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / ("metadata.jsonl" if "JSON" in table else "metadata.csv")).write_bytes(data)
+    found = read(stage, tmp_path)
+    said = capsys.readouterr().out
+    assert {key: caption for key, (_, caption) in found.items()} == expected, said
+    for reason, number in reasons.items():
+        assert count(said, reason) == number, said
+    if "row that does not fit" in reasons and "JSON" not in table:
+        assert "metadata.csv, line 2" in said
+    assert "file that no table names" in said
+
+
+def test_tables_in_class_folders_and_of_other_names(stage, tmp_path, capsys):
+    write(tmp_path / "d", {"train/0.jpg": RED, "train/metadata.csv": b"file_name,text\n0.jpg,x\n",
+                           "val/metadata.jsonl": b'{"file_name": "0.jpg", "text": "y"}',
+                           "val/0.jpg": RED, "captions.csv": b"0.jpg,x"})
+    assert read(stage, tmp_path / "d") == {"train/0": (RED, "x"), "val/0": (RED, "y")}
+    assert count(capsys.readouterr().out, "file that no table names") == 1
+    write(tmp_path / "e", {"0.jpg": RED, "1.tar.gz": b"",
+                           "captions.csv": b"file_name,text\n0.jpg,x"})
+    read(stage, tmp_path / "e")
+    said = capsys.readouterr().out
+    assert count(said, "neither image nor caption: .csv") == 1 == count(said, SILENT)
+    assert count(said, "neither image nor caption: .tar.gz") == 1
+
+
+def pixels_of(image):
+    return np.asarray(image).astype(int)
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_metadata_of_a_sound_picture_costs_no_pixels(stage):
+    """Broken EXIF, texts and profiles of any size."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encode(kind="JPEG", size=(20, 10), exif=exif)
+    assert stage(1).open_image(turned).size == (10, 20)
+    broken = turned.replace(b"MM\0*" if b"MM\0*" in turned else b"II*\0", b"MM\0*\xff\xff")
+    assert stage(1).open_image(broken[:len(turned)] if len(broken) == len(turned) else broken)
+    text = zlib.compress(bytes(3 << 20))
+    for kind, data in ((b"zTXt", b"Comment\0\0" + text), (b"iTXt", b"Comment\0\1\0\0\0" + text),
+                       (b"iCCP", b"icc\0\0" + text)):
+        for at in (33, len(RED) - 12):                     # before and behind the pixels
+            image = stage(1).open_image(RED[:at] + chunk(kind, data) + RED[at:])
+            assert image.getpixel((3, 3)) == (255, 0, 0), kind
+
+
+def test_reasons_are_phrases(stage):
+    reasons = {stage(1).decode_pair({".png": data, ".txt": b"x"}, 16) for data in
+               (b"", b"<html>", RED[:50], bomb(), JPEG[:300])}
+    assert all(reason.startswith(UNREADABLE) for reason in reasons)
+    assert not any("Error" in reason or "<" in reason for reason in reasons), reasons
+
+
 def test_odd_captions_can_be_drawn(stage, tmp_path):
     captions = [text.decode("utf-8", "replace") for *_, text, _ in KINDS.values() if text]
     figure, axes = stage(1).plt.subplots(4, 8)
@@ -181,14 +483,169 @@ def test_odd_captions_can_be_drawn(stage, tmp_path):
     assert (tmp_path / "captions.png").stat().st_size > 1000
 
 
+def names_by_webdataset(folder):
+    """{key: {suffix: bytes}} of tars by WebDataset's rule, written anew from its description: the
+    key ends at the first dot of the base name, a pair is a run of members of one key."""
+    runs, last = [], None
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                head, _, base = member.name.rpartition("/")
+                key, _, kind = base.partition(".")
+                key = f"{head}/{key}" if head else key
+                if key != last:
+                    runs.append((key, {}))
+                runs[-1][1][kind], last = tar.extractfile(member).read(), key
+    assert len(dict(runs)) == len(runs)
+    return dict(runs)
+
+
+def test_new_shards_are_read_back_as_the_same_pairs(stage, tmp_path, monkeypatch):
+    """By stage 1 and by WebDataset's rule, from tables and folders with names of every kind."""
+    data = write(tmp_path / "a" / "data", {"img.1.jpg": RED, "img.2.jpg": BLUE,
+                                           "deep/v1.0/3.4.png": GREEN})
+    write(tmp_path, {"a/up.jpg": GREEN, "b/far.PNG": RED})
+    rows = {"img.1.jpg": "one", "img.2.jpg": "two", "deep/v1.0/3.4.png": "three",
+            "../up.jpg": "four", f"{tmp_path}/b/far.PNG": "five"}
+    lines = [json.dumps({"file_name": name, "caption": [text, "more"]})
+             for name, text in rows.items()]
+    (data / "metadata.jsonl").write_text("\n".join(lines))
+    loose = write(tmp_path / "loose", pairs_of("photo.v2", "photo.v3", "x/0", "y/0", "50%", "a%2Eb")
+                  | {"photo.v3.jpg": BLUE, "x/0.cls": b"7", "x/0.seg.png": BLUE})
+    for number, place in enumerate((data, loose)):
+        pairs = stage(1).open_pairs(place, 16, 8)
+        keys = pairs.name(range(len(pairs)))
+        settings = stage(1).parse_args(["--data", str(place), "--out", str(tmp_path)])
+        monkeypatch.setattr(stage(1), "load_proxy", lambda out, settings=settings: (settings, {}))
+        new = tmp_path / f"new-{number}"
+        stage(4).write_shards(new, tmp_path, np.array(keys), None)
+        assert read(stage, new) == read(stage, place) and len(keys) == (5, 6)[number]
+        known = {caption: image for image, caption in read(stage, place).values()}
+        found = names_by_webdataset(new)
+        assert len(found) == len(keys)
+        if number == 0:
+            assert {files["txt"].decode() for files in found.values()} == set(rows.values())
+            assert known == {"one": RED, "two": BLUE, "three": GREEN, "four": GREEN, "five": RED}
+            for files in found.values():
+                image = files.get("jpg", files.get("png"))
+                assert image == known[files["txt"].decode()]
+        else:
+            assert found["x/0"] == {"jpg": RED, "txt": b"x", "cls": b"7", "seg.png": BLUE}
+
+
+def corpus_of(stage, folder, n, first=0):
+    """n toy pictures with captions in a folder."""
+    pairs = stage(1).draw_toy(first + n, 16, 3, "val")
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(first, first + n):
+        Image.fromarray(pairs.images[k].permute(1, 2, 0).numpy()).save(folder / f"{k:04d}.png")
+        (folder / f"{k:04d}.txt").write_text(pairs.captions[k])
+    return folder
+
+
+def options(stage, *words):
+    args = stage(1).parse_args(["--smoke", *map(str, words)])
+    args.batch_size = 4
+    return args
+
+
+def split_of(stage, args):
+    return {key: k for k, pairs in enumerate(stage(1).load_data(args, "cpu"))
+            for key in pairs.name(range(len(pairs)))}
+
+
+def test_a_pair_stays_in_its_split(stage, tmp_path):
+    """Whatever is added; half of --val each way; other seeds, other splits; at most HELD_OUT."""
+    data = corpus_of(stage, tmp_path / "data", 200)
+    before = split_of(stage, options(stage, "--data", data))
+    assert len(before) == 200
+    counts = np.bincount(list(before.values()))
+    assert counts.sum() == 200 and abs(counts[1:] - 10).max() <= 8
+    corpus_of(stage, data, 40, first=200)
+    after = split_of(stage, options(stage, "--data", data))
+    assert len(after) == 240 and all(after[key] == k for key, k in before.items())
+    other = split_of(stage, options(stage, "--data", data, "--seed", 1))
+    assert other != after
+    with_val = split_of(stage, options(stage, "--data", data, "--val", corpus_of(
+        stage, tmp_path / "val", 60, first=240)))
+    assert sum(k == 0 for k in with_val.values()) == 240 and len(with_val) == 300
+    many = stage(1).Shards([], np.zeros(10 ** 6, stage(1).ENTRY), 16, 8)
+    many.entries["hash"] = np.random.default_rng(0).integers(2 ** 64, size=10 ** 6, dtype="u8")
+    val, test, rest = stage(1).deal(many, 0.1, 0)
+    assert 10 ** 6 == len(val) + len(test) + len(rest) and 10000 < len(val) + len(test) < 20000
+    assert abs(len(val) / len(test) - 1) < 0.1
+
+
+def test_later_stages_refuse_a_corpus_that_changed(stage, tmp_path, capsys):
+    """A picture more, one less, another one, half of --val: one line from 02, 03, 04 and 05."""
+    data, val = corpus_of(stage, tmp_path / "d", 48), corpus_of(stage, tmp_path / "v", 48, first=48)
+    flags = ["--smoke", "--out", str(data / "out")]
+    launch(stage, 1, [*flags, "--data", str(data), "--val", str(val), "--batch-size", "8"])
+    assert "48 train" in capsys.readouterr().out
+    launch(stage, 2, flags)                                # --out inside --data changes nothing
+    said = capsys.readouterr().out
+    assert "48 train" in said and "of results" in said
+    (data / "out" / "ratings.csv").write_text("key,rating\n0001,1\n0002,2\n")
+    launch(stage, 4, [*flags, "--method", "topk", "--write-shards", str(tmp_path / "new")])
+
+    def refused():
+        for number in (2, 3, 4, 5):
+            more = ["--write-shards", str(tmp_path / "no")] if number == 4 else []
+            with pytest.raises(SystemExit, match="changed after 01_proxy.py.*run 01") as stop:
+                launch(stage, number, [*flags, *more])
+            assert "\n" not in str(stop.value)
+    new = corpus_of(stage, tmp_path / "more", 1, first=99)
+    for name in ("0099.png", "0099.txt"):
+        (data / name).write_bytes((new / name).read_bytes())
+    refused()
+    for kind in ("png", "txt"):                            # as many pairs, another key
+        (data / f"0007.{kind}").unlink()
+    refused()
+    for kind in ("png", "txt"):
+        (data / f"0099.{kind}").rename(data / f"0007.{kind}")
+    stage(1).load_data(stage(1).load_proxy(data / "out")[0], "cpu")           # the same keys
+    for k in range(48, 60):
+        (val / f"{k:04d}.txt").write_text("")
+    for number in (2, 3, 5):
+        with pytest.raises(SystemExit, match="changed after 01_proxy.py"):
+            launch(stage, number, flags)
+
+
+def test_results_are_no_pairs(stage, tmp_path, capsys):
+    data = corpus_of(stage, tmp_path / "d", 8)
+    with pytest.raises(SystemExit, match="name another --out"):
+        read(stage, data, data)
+    for name in ("out", "old"):
+        (data / name).mkdir()
+        (data / name / "proxy.png").write_bytes(RED)
+    (data / "old" / ".lock").write_text("")
+    assert len(stage(1).open_pairs(data, 16, 8, data / "out")) == 8
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_trusted_pairs_that_are_trained_on_are_said(stage, tmp_path, capsys, monkeypatch, resident):
+    data = corpus_of(stage, tmp_path / "d", 48)
+    val = corpus_of(stage, tmp_path / "v", 40, first=48)
+    for k, name in ((0, "0000"), (1, "1000"), (2, "1001")):
+        (val / f"{name}.png").write_bytes((data / f"{k:04d}.png").read_bytes())
+        (val / f"{name}.txt").write_text("x")
+    monkeypatch.setattr(stage(1), "RESIDENT", 2e9 if resident else 0)
+    split_of(stage, options(stage, "--data", data, "--val", val))
+    said = capsys.readouterr().out
+    assert "1 trusted pairs have the keys of training pairs, first 0000" in said
+    assert ("3 trusted pairs have the pixels of training pairs" in said) == resident
+    split_of(stage, options(stage, "--data", data, "--val", corpus_of(
+        stage, tmp_path / "w", 40, first=60)))
+    assert "trusted pairs have" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("files", [{}, {"x.txt": b"x"}, {"x.tar": b""}, {"x.png": b""}])
-def test_a_corpus_without_pairs_ends_in_one_line(tmp_path, files):
+def test_a_corpus_without_pairs_ends_in_one_line(stage, tmp_path, files):
     (tmp_path / "data").mkdir()
-    for name, data in files.items():
-        (tmp_path / "data" / name).write_bytes(data)
-    done = run(f"01_proxy.py --smoke --data {tmp_path}/data --out {tmp_path}/out")
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "no readable pair" in done.stderr or "fewer than" in done.stderr
+    write(tmp_path / "data", files)
+    with pytest.raises(SystemExit, match="no readable pair|fewer than") as stop:
+        launch(stage, 1, ["--smoke", "--data", f"{tmp_path}/data", "--out", f"{tmp_path}/out"])
+    assert "\n" not in str(stop.value)
 
 
 def test_json_fixture_is_what_it_says():
