@@ -693,8 +693,8 @@ class Shards:
         return key, files
 
     def load(self, row, texts):
-        """image, tokens, key, caption, stratum and further captions of a pair, the texts perhaps empty unless they are
-        asked for; or (reason, key) where it cannot be read. The cache takes it, or has it."""
+        """image, tokens, key, caption, stratum and further captions of a pair; (reason, key) where
+        it cannot be read. Without `texts` these may be empty. The cache takes it, or has it."""
         slot = {"seen": False} if self.cache is None else self.cache[self.places[row]]
         if slot["seen"] and not texts:
             return slot["image"], slot["tokens"], "", "", "", ()

@@ -36,6 +36,7 @@ import importlib
 import io
 import itertools
 import json
+import mmap
 import os
 import tarfile
 import warnings
@@ -49,7 +50,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
 METHODS = ("shift-gsample", "gsample", "topk", "block", "random")
-RANKINGS = ("rating", "instance", "loss", "difference", "clarity", "frequency", "edges")
+RANKINGS = ("rating", "instance", "loss", "difference", "gain", "contrast", "clarity", "frequency",
+            "edges")
 
 
 # ---- eq. 11 and its rivals -------------------------------------------------------------------
@@ -124,8 +126,12 @@ def read_ratings(path, rank_by, hash_key=lambda key: hash(key) & 0xFFFFFFFFFFFFF
     """Hashes of the keys (N,) and ratings (N,) of a CSV, line by line; for a .npy None and (N,).
 
     Hashes, as thirty million keys are gigabytes; `read_keys` reads the chosen ones again. Of the
-    columns `loss` and `difference` a low value is rated high, so their sign is turned.
+    columns `loss` and `difference` a low value is rated high, so their sign is turned. Several
+    columns, with commas between them, are joined.
     """
+    if "," in rank_by:
+        hashes, ratings = zip(*(read_ratings(path, name, hash_key) for name in rank_by.split(",")))
+        return hashes[0], join(ratings)
     if is_array(path):
         hashes, rating = None, read_array(path, "iuf")
         rating = rating.astype(float) if rating.dtype.kind == "u" else rating
@@ -196,6 +202,15 @@ def read_keys(path, rows):
         places = [columns.index(name) for name in ("key", "stratum") if name in columns]
         for line in itertools.compress(lines, chosen.tobytes()):
             yield (*(line[place] for place in places), "")[:2]
+
+
+def find_planted(path, n):
+    """Which lines (n,) of a CSV of stage 3 are pairs with planted dirt."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data.find(b",planted-") < 0:
+            return np.zeros(n, bool)
+    lines = read_keys(path, np.arange(n))
+    return np.array([stratum.startswith("planted-") for _, stratum in lines])
 
 
 def read_rows(path, n):
@@ -340,8 +355,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ratings", type=Path, help="CSV of stage 3, or .npy (default: in --out)")
-    parser.add_argument("--rank-by", choices=RANKINGS, default="rating",
-                        help="column to sort by; of loss and difference, low is rated high")
+    parser.add_argument("--rank-by", default="rating", help="column to sort by, or several joined "
+                        f"by commas, their mean place, of {', '.join(RANKINGS)}")
     parser.add_argument("--method", choices=METHODS, default="shift-gsample")
     parser.add_argument("--keep", type=float, default=0.5, help="share up to 1, or a count")
     parser.add_argument("--drop", type=float, default=0.25, help="n of eq. 11: share of the head")
@@ -353,6 +368,8 @@ def parse_args(argv=None):
     parser.add_argument("--smoke", action="store_true", help="accepted; this stage is quick")
     args = parser.parse_args(argv)
     args.ratings = args.ratings or Path(args.out) / "ratings.csv"
+    if not set(args.rank_by.split(",")) <= set(RANKINGS):
+        parser.error(f"--rank-by {args.rank_by}: name one or more of {', '.join(RANKINGS)}")
     if not (0 <= args.drop < 1 and 0 <= args.mean <= 1 and 0 < args.std <= 1 and args.seed >= 0
             and 0 < args.keep < np.inf and (args.keep <= 1 or args.keep % 1 == 0)):
         parser.error("--drop, --mean and --std are shares from 0 to 1 (50 per cent is 0.5), --keep "
@@ -365,23 +382,29 @@ def main(args):
         raise SystemExit(f"{args.ratings} is missing: run 03_score.py first")
     record = read_record(args.ratings, args.out)
     _, rating = read_ratings(args.ratings, args.rank_by)
+    own = is_array(args.ratings) and not record
+    table = None if own else args.ratings.with_suffix(".csv" if record else args.ratings.suffix)
+    planted = find_planted(table, len(rating)) if table else np.zeros(len(rating), bool)
+    real = np.flatnonzero(~planted)
     try:
-        rows, w = select(rating, args.method, args.keep, args.drop, args.mean, args.std, args.seed)
+        rows, w = select(rating[real], args.method, args.keep, args.drop, args.mean, args.std,
+                         args.seed)
     except ValueError as error:
         raise SystemExit(f"{args.ratings}: {error}")
     of, usual = args.ratings.stem.removeprefix("ratings"), parse_args([])
     of = f"-{of}" if of and not of.startswith("-") else of
-    by = "" if args.rank_by == "rating" else f"-by-{args.rank_by}"
+    by = "" if args.rank_by == "rating" else f"-by-{args.rank_by.replace(',', '-')}"
     other = [f"-{name}-{getattr(args, name):.15g}" for name in ("drop", "mean", "std", "seed")
              if getattr(args, name) != getattr(usual, name)]
     stem = Path(args.out) / f"selected{of}{by}-{args.method}-{args.keep:.15g}{''.join(other)}"
-    own = is_array(args.ratings) and not record
-    table = None if own else args.ratings.with_suffix(".csv" if record else args.ratings.suffix)
+    rows = real[rows]
     file, strata = write_selection(
         stem, rows, table, written_by="04_select.py", data=record.get("data"),
         made_from={**record.get("made_from", {}), args.ratings.name: digest(args.ratings)})
-    draw_figure(f"{stem}.png", len(rating), w, args)
-    print(f"wrote {file}, .json, .png: {len(rows)} of {len(rating)} pairs{compose(strata)}")
+    draw_figure(f"{stem}.png", len(real), w, args)
+    print(f"wrote {file}, .json, .png: {len(rows)} of {len(real)} pairs{compose(strata)}")
+    if len(real) < len(rating):
+        print(f"{len(rating) - len(real)} pairs with planted dirt are left out of the ranking")
     if len(w) and w.min() > 0.05:
         print(f"none of them is among the {w.min():.0%} rated highest: right where high means low "
               "loss (eq. 9), wrong where it means what validation asked for (eq. 6); --method topk "

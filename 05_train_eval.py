@@ -101,7 +101,7 @@ ARMS = {                   # --arms: the default, and the paper's tables and fig
              *(ruled(signal, rule, keep) for signal in (EQ6, EQ9) for keep in (0.5, 0.2)
                for rule in RULES),                         # and rankings that need no rater
              *(Arm(f"{name}, Top-K 50%", EQ6[1], "topk", 0.5, rank_by=name)
-               for name in score_stage.BASELINES)],
+               for name in (*score_stage.BASELINES, "rating,gain", "rating,contrast"))],
     "group": [FULL, HALF,                                  # Table 4: without the Group MLP
               *(ruled(signal, rule, 0.5, rank_by, note)
                 for signal, rule in ((EQ6, "Top-K"), (EQ6, "Gsample"), (EQ9, "Shift-Gsample"))
@@ -157,7 +157,7 @@ def list_arms(args, pairs):
     for arm in ARMS[args.arms]:
         file = find_file(arm, args.out)
         header = file.open(encoding="utf-8").readline() if file and file.exists() else ""
-        if not file or arm.rank_by in header.strip().split(","):
+        if not file or set(arm.rank_by.split(",")) <= set(header.strip().split(",")):
             found.append(arm)
         else:
             proxy_stage.print0(f"{arm.name} is left out: {file} has no column {arm.rank_by} (run "
@@ -333,7 +333,7 @@ def tabulate(results, arms, floor):
 
 def colour_of(arm):
     """Black for full data, grey for random, blue for eq. 6, orange for eq. 9, green for others."""
-    if arm.file or arm.rank_by in score_stage.BASELINES:
+    if arm.file or "," in arm.rank_by or arm.rank_by in score_stage.BASELINES:
         return "#009E73"
     if not arm.ratings:
         return "black" if arm.keep == 1 else "0.6"
@@ -409,6 +409,12 @@ def main(args, device):
         return evaluate_files(args, device)
     settings, _ = proxy_stage.load_proxy(args.out)
     pairs, val, test = proxy_stage.load_data(settings, device)
+    real = [k for k, name in enumerate(pairs.strata) if not name.startswith("planted-")]
+    if args.selected and len(real) < len(pairs):           # as in the selections of stage 4
+        proxy_stage.print0(f"{len(pairs) - len(real)} pairs with planted dirt are in no arm")
+        if any(file.lower().endswith(".npy") for file in args.selected):
+            raise SystemExit("a .npy does not fit a corpus with planted dirt: use a CSV of keys")
+        pairs = pairs.take(real)
     arms, stem = list_arms(args, pairs), name_results(args)
     steps = count_steps(arms, args, settings, pairs)
     judge = (StandardJudge(args, device) if args.metrics == "standard"

@@ -159,6 +159,39 @@ def test_plant_asks_for_pairs_in_memory(stage, tmp_path, monkeypatch):
              "noise=0.1", "--val", str(tmp_path / "pictures"))
 
 
+def write_ratings(path, stratum="planted-noise"):
+    """Twenty ratings, rising; every fourth pair is planted dirt."""
+    lines = [f"key{k:02d},{k},{-k},{stratum if k % 4 == 3 else ''}" for k in range(20)]
+    path.write_text("\n".join(["key,rating,gain,stratum", *lines]) + "\n")
+
+
+def test_planted_pairs_are_in_no_selection_and_counted(stage, tmp_path, capsys):
+    write_ratings(tmp_path / "ratings.csv")
+    for method in ("topk", "random", "shift-gsample"):
+        launch(stage, 4, ["--method", method, "--out", str(tmp_path), "--keep", "9"])
+        text = capsys.readouterr().out
+        assert "9 of 15 pairs" in text and "5 pairs with planted dirt are left out" in text
+        keys = (tmp_path / f"selected-{method}-9.csv").read_text().split()[1:]
+        assert len(keys) == 9 and all(int(key[3:]) % 4 != 3 for key in keys)
+    assert keys != []
+    write_ratings(tmp_path / "ratings.csv", "chaotic-noise")           # known, but not planted
+    launch(stage, 4, ["--method", "topk", "--out", str(tmp_path), "--keep", "5"])
+    assert "key19" in (tmp_path / "selected-topk-5.csv").read_text()
+    assert "left out of the ranking" not in capsys.readouterr().out
+
+
+def test_several_columns_are_ranked_by_their_mean_place(stage, tmp_path):
+    one, two = np.array([4.0, 3, 2, 1]), np.array([1.0, 4, 3, 2])
+    joined = stage(4).join([one, two])          # places 0 1 2 3 and 3 0 1 2: sums 3, 1, 3, 5
+    assert stage(4).sort_rows(joined).tolist() == [1, 0, 2, 3]
+    write_ratings(tmp_path / "ratings.csv", "")
+    launch(stage, 4, ["--method", "topk", "--out", str(tmp_path), "--rank-by", "rating,gain"])
+    kept = (tmp_path / "selected-by-rating-gain-topk-0.5.csv").read_text().split()[1:]
+    assert kept == [f"key{k:02d}" for k in range(10)]                  # all alike: in their order
+    with pytest.raises(SystemExit):
+        stage(4).parse_args(["--rank-by", "rating,beauty"])
+
+
 # ---- the dials ---------------------------------------------------------------------------------
 def test_captions_read_at_a_proxy_that_reads_them_and_at_one_that_does_not(stage):
     class Proxy(torch.nn.Module):
