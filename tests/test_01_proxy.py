@@ -195,7 +195,7 @@ def test_damaged_shard_keeps_what_came_before(stage, tmp_path, capsys):
 
 def test_clear_errors(stage, tmp_path):
     args = SimpleNamespace(data=str(tmp_path), val=None, size=16, words=8, seed=0, batch_size=64,
-                           smoke=False, out=None)
+                           smoke=False, out=None, pairs=None, plant="")
     write_folder(tmp_path)
     for change, part in (({"data": "nowhere"}, "nowhere: no such file"), ({}, "fewer than")):
         with pytest.raises(SystemExit, match=part):

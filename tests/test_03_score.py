@@ -80,7 +80,8 @@ def test_a_collapsed_group_head_leaves_finite_ratings(stage, rated, tmp_path, bi
     assert group == pytest.approx(float(bias > 0)) and np.isfinite(rating).all()
     assert (instance - rating).std() < 1e-4 and rating.std() > 1e-3
     stage(3).draw_histogram(tmp_path / "r.png", rating, stage(3).percentiles(rating),
-                            np.array(pairs.strata))
+                            np.array(pairs.strata),
+                            stage(3).rate(nets["rater"], 8, pairs, pairs.take(range(64)), 3))
 
 
 def test_progress_is_told(stage, rated, tmp_path, monkeypatch, capsys):
