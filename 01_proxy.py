@@ -859,8 +859,8 @@ def open_pairs(path, size, words, out=None):
     again[np.unique(entries["hash"], return_index=True)[1]] = False           # the first of a key
     pairs = Shards(sources, entries[~again], size, words)
     if again.any():                                        # the first is named, the others counted
-        (key,), rest = Shards(sources, entries[again], size, words).name([0]), again.sum() - 1
-        skipped |= {("key seen before", str(name)): 1 for name in (key, *range(rest))}
+        (key,) = Shards(sources, entries[again], size, words).name([0])
+        skipped |= {("key seen before", f"{key} ({k})"): 1 for k in range(again.sum())}
     print_skipped(skipped)
     if not len(pairs):
         raise SystemExit(f"{path}: no readable pair; README, 'Your own pairs', has the layouts "

@@ -453,7 +453,7 @@ def main(args, device):
     made_from = {name: proxy_stage.digest(Path(args.out) / name)
                  for name in ("proxy.pt", f"rater{suffix}.pt")}
     progress = proxy_stage.Progress(f"{stem}.progress", "03_score.py", {
-        **vars(args), "pairs": zlib.crc32(pairs.hashes()), **made_from}, args.save_every)
+        **vars(args), "pairs": zlib.crc32(pairs.hashes().tobytes()), **made_from}, args.save_every)
     if proxy_stage.rank() == 0:
         reopen(Path(f"{stem}.csv"), progress)
     score(nets, group_size, pairs, f"{stem}.csv.part", args.seed, progress, args.baselines)

@@ -4,6 +4,7 @@ What is promised of a CPU is tested on one: the GPU is hidden, but for test_gpu.
 """
 import importlib
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ GPUS = {k: v for k, v in os.environ.items() if k == "CUDA_VISIBLE_DEVICES"}
 if not GPU_ALONE:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""                # before torch is imported
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -49,6 +51,19 @@ def write_pictures(stage, folder, n):
     for key, image, caption in zip(pairs.keys, pairs.images, pairs.captions):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{key}.png")
         (folder / f"{key}.txt").write_text(caption)
+
+
+def write_fashion(root, train=260, test=60):
+    """A tiny FashionMNIST in the real file format: the class is a grey level."""
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, n in (("train", train), ("t10k", test)):
+        labels = (np.arange(n) % 10).astype(np.uint8)
+        images = np.broadcast_to(labels[:, None, None] * 20, (n, 28, 28)).astype(np.uint8)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(
+            struct.pack(">iiii", 2051, n, 28, 28) + images.tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">ii", 2049, n) + labels.tobytes())
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from conftest import ROOT, launch, write_pictures
+from conftest import ROOT, launch, write_fashion, write_pictures
 
 TEXT = (ROOT / "README.md").read_text()
 EQUATIONS = re.findall(r"^\| ([\d, ]+) \| [^|]+ \| `(0\d_\w+\.py): ([^|]+?) \|$", TEXT, re.M)
@@ -33,6 +33,8 @@ def test_every_command_runs(stage, chain, tmp_path, monkeypatch):
     """Tiny and in the README's order, each on what those before it left."""
     shutil.copytree(chain, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))        # where data sets are looked for first
+    write_fashion(tmp_path / "hub/datasets")
     write_pictures(stage, tmp_path / "trusted", 64)
     (tmp_path / "shards").mkdir()
     with tarfile.open(tmp_path / "shards/train-000.tar", "w") as tar:
@@ -47,6 +49,9 @@ def test_every_command_runs(stage, chain, tmp_path, monkeypatch):
         kept = [flag for name, flag in zip(["", *flags], flags)
                 if not {name, flag} & {"--steps", "--seeds", "--width", "--size"}]
         launch(stage, int(file[1]), [*kept, "--smoke"])
+        if file.startswith("02"):                          # "then 03", as the README says
+            launch(stage, 3, [flag for name, flag in zip(["", *kept], kept)
+                              if {name, flag} & {"--out", "--signal"}] + ["--smoke"])
 
 
 def slugs(text):

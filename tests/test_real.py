@@ -1,29 +1,14 @@
 """Known data sets, planted dirt, and the four dials: each where it must be good and where bad."""
-import gzip
 import hashlib
 import pickle
 import re
-import struct
 
 import numpy as np
 import pytest
 import torch
 from torchvision import datasets
 
-from conftest import launch, run, write_pictures
-
-
-def write_fashion(root, train=260, test=60):
-    """A tiny FashionMNIST in the real file format: the class is a grey level."""
-    raw = root / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for split, n in (("train", train), ("t10k", test)):
-        labels = (np.arange(n) % 10).astype(np.uint8)
-        images = np.broadcast_to(labels[:, None, None] * 20, (n, 28, 28)).astype(np.uint8)
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(
-            struct.pack(">iiii", 2051, n, 28, 28) + images.tobytes())
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">ii", 2049, n) + labels.tobytes())
+from conftest import launch, write_fashion, write_pictures
 
 
 def write_cifar(root, monkeypatch, kind, n=60):
