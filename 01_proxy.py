@@ -763,7 +763,8 @@ def obey_parent(*_):
 def find_rows(pairs, keys):
     """Row (K,) of every key, -1 where there is none. keys: text, or an array of their hashes."""
     known = pairs.hashes()
-    wanted = keys if isinstance(keys, np.ndarray) else np.fromiter(map(hash_key, keys), "u8")
+    hashed = getattr(keys, "dtype", None) == np.dtype("u8")
+    wanted = keys if hashed else np.fromiter(map(hash_key, keys), "u8")
     order = np.argsort(known)
     rows = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
     return np.where(known[rows] == wanted, rows, -1)

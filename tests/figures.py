@@ -148,7 +148,7 @@ def draw_real(path, out):
     pairs = proxy_stage.load_data(settings, torch.device("cpu"))[0]
     table = score_stage.read_table(Path(out) / "ratings.csv")
     place = score_stage.percentiles(table["rating"])
-    rows = proxy_stage.find_rows(pairs, table["key"])
+    rows = proxy_stage.find_rows(pairs, table["key"].tolist())
     figure = plt.figure(figsize=(13, 5.4))
     for band, part in enumerate(figure.subfigures(1, 5, wspace=0.04)):
         inside = np.flatnonzero((place // 20).astype(int) == band)
@@ -160,7 +160,7 @@ def draw_real(path, out):
         for axis, row in zip(axes.flat, chosen):
             x, _ = pairs.batch([row])
             axis.imshow((x[0].permute(1, 2, 0).numpy() + 1) / 2)
-            words = pairs.captions[row].split(" ", 4)[-1]
+            words = pairs.captions[row].replace(proxy_stage.PLAIN_CAPTION, "white").split(" ", 4)[-1]
             axis.set_title(words, fontsize=11, pad=3)
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
@@ -178,6 +178,8 @@ def main(argv=None):
     args.signal = "difference"
     nets, _ = score_stage.load_nets(args, settings, "cpu")
     pairs = proxy_stage.load_data(settings, "cpu")[0]
+    if settings.plant:
+        return draw_real(Path(args.out) / "real.png", args.out)
     draw_pipeline(Path(args.out) / "pipeline.png")
     draw_eq6(Path(args.out) / "eq6.png", nets, pairs.take(np.arange(min(1500, len(pairs)))))
     table = Path(args.out) / "results-retention.csv"

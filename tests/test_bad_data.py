@@ -518,7 +518,7 @@ def test_new_shards_are_read_back_as_the_same_pairs(stage, tmp_path, monkeypatch
         settings = stage(1).parse_args(["--data", str(place), "--out", str(tmp_path)])
         monkeypatch.setattr(stage(1), "load_proxy", lambda out, settings=settings: (settings, {}))
         new = tmp_path / f"new-{number}"
-        stage(4).write_shards(new, tmp_path, None, np.array(keys), None)
+        stage(4).write_shards(new, tmp_path, None, keys, None)
         assert read(stage, new) == read(stage, place) and len(keys) == (5, 6)[number]
         known = {caption: image for image, caption in read(stage, place).values()}
         found = names_by_webdataset(new)

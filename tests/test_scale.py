@@ -45,6 +45,8 @@ def test_index_finds_every_pair_and_reads_it_in_place(stage, tars):
     assert torch.equal(x, pairs.batch([5, 900])[0]) and torch.equal(c, pairs.tokens[[5, 900]])
     keys = [pairs.keys[900], "nobody", pairs.keys[5]]
     assert stage(1).find_rows(shards, keys).tolist() == [900, -1, 5]
+    for kind in (np.array(keys), np.array([stage(1).hash_key(key) for key in keys], "u8")):
+        assert stage(1).find_rows(shards, kind).tolist() == [900, -1, 5]
 
 
 def test_index_is_kept_until_a_shard_changes(stage, tars, tmp_path, monkeypatch):
