@@ -323,7 +323,7 @@ def judge_rating(strata, rating, trusted):
                "they are: 01_proxy.py --plant tells which"))
     for stratum, area in areas(strata, rating).items():
         kind = stratum.rpartition("-")[2]
-        cure = ("the proxy does not read them: see what 01 says, or rank by rating,gain"
+        cure = ("the proxy does not read them well enough: 04_select.py --rank-by rating,contrast"
                 if kind == "caption" else "more meta steps, or trusted pairs that differ from it")
         print0(say(f"{DIRT_NAMES[kind]} are {{}}found", area, 0.5, 0.8, cure))
 
