@@ -160,7 +160,8 @@ def draw_real(path, out):
         for axis, row in zip(axes.flat, chosen):
             x, _ = pairs.batch([row])
             axis.imshow((x[0].permute(1, 2, 0).numpy() + 1) / 2)
-            words = pairs.captions[row].replace(proxy_stage.PLAIN_CAPTION, "white").split(" ", 4)[-1]
+            caption = pairs.captions[row].replace(proxy_stage.PLAIN_CAPTION, "white")
+            words = caption.split(" ", 4)[-1]
             axis.set_title(words, fontsize=11, pad=3)
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():

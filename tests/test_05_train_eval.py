@@ -66,7 +66,7 @@ def test_a_selection_of_other_pairs_is_refused(stage, tmp_path):
 def test_arms_are_told_apart_by_name(stage):
     for name, arms in stage(5).ARMS.items():
         assert len({arm.name for arm in arms}) == len(arms), name
-        assert {arm.rank_by for arm in arms} <= set(stage(4).RANKINGS)
+        assert {name for arm in arms for name in arm.rank_by.split(",")} <= set(stage(4).RANKINGS)
 
 
 def keep_few(folder, name="selected-topk-0.5.csv", keys=range(32)):
@@ -101,7 +101,7 @@ def test_selections_of_one_name_are_two_arms(stage, tmp_path):
 def test_selections_are_checked_before_anything_is_trained(
         stage, chain, tmp_path, monkeypatch, content, message):
     """The judge would be the first to train."""
-    monkeypatch.setattr(stage(5), "train_judge", None)
+    monkeypatch.setattr(stage(3), "train_contrast", None)
     shutil.copy(chain / "proxy.pt", tmp_path)
     file = tmp_path / f"s.{'npy' if isinstance(content, np.ndarray) else 'csv'}"
     if content is None:
