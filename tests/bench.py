@@ -385,7 +385,8 @@ def gpu_stages(device, width, batch, size=64, depth=12):
             "02": (lambda: rater_stage.meta_step(nets, opts, pairs.batch(rows), val.batch(rows),
                                                  rng, args), batch, 3 * batch * each),
             "03 --baselines": (
-                lambda: score_stage.score_chunk(nets, chosen, companions, 0, 0, True), batch,
+                lambda: score_stage.score_chunk(
+                    {**nets, "contrast": score_stage.Contrast(16, 8)}, chosen, companions, 0, 0, True), batch,
                 draws * batch * each / 3),
             "05, drawing": (lambda: proxy_stage.sample(nets["proxy"], c[:1].expand(batch, -1),
                                                        pairs.batch(rows)[0]), batch,

@@ -294,6 +294,7 @@ class Lab:
         nets = {key: proxy_stage.build_proxy(settings, "cpu") for key in ("proxy", "ref")}
         nets["rater"] = rater_stage.Rater(nets["ref"])
         has_ref = len(learnt["weights"]["ref"]) > 1
+        contrast = score_stage.Contrast(settings.size, settings.words)        # not looked at
         for key, net in nets.items():
             if key != "ref" or has_ref:
                 net.load_state_dict(learnt["weights"][key])
@@ -302,7 +303,7 @@ class Lab:
         rows, size = np.arange(len(pairs)), score_stage.CHUNK
         with mock.patch.object(score_stage, "DRAWS", draws):
             return torch.cat([score_stage.score_chunk(
-                nets, pairs.take(part), companions, k, 0, has_ref and draws > 0)
+                {**nets, "contrast": contrast}, pairs.take(part), companions, k, 0, has_ref and draws > 0)
                 for k, part in enumerate(np.split(rows, rows[size::size]))])
 
     def rated(self, corpus, seed, signal="difference", validation="informative"):
