@@ -98,7 +98,7 @@ def draw_pairs(seed, smoke, n=64):
                               for split in (pairs, val))
     rng = proxy_stage.seeded("cpu", seed, "exact")
     noises = [proxy_stage.draw_noise(x, rng, shift) for shift in
-              (proxy_stage.T_SHIFT, 0.0, rater_stage.T_SHIFT)]
+              (proxy_stage.T_SHIFT, 0.0, proxy_stage.T_SHIFT)]
     return proxy, (x, c, *noises[0]), (x_val, c_val, *noises[1]), (x, c, *noises[2])
 
 
