@@ -165,7 +165,7 @@ def test_npz_under_another_name_and_a_missing_file(stage, tmp_path):
 
 
 def test_marks_blank_lines_and_quotes_are_read_as_meant(stage, tmp_path, capsys):
-    text = '\ufeffrank,key,rating\r\n1,"a,""x",1\r\n\r\n2,b c,3\r\n3,"d""e",2\r\n'
+    text = '\ufeffkey,rank,rating\r\n"a,""x",1,1\r\n\r\nb c,2,3\r\n"d""e",3,2\r\n'
     (tmp_path / "ratings.csv").write_bytes(text.encode())
     launch(stage, 4, ["--out", str(tmp_path), "--method", "topk", "--keep", "2"])
     with open(tmp_path / "selected-topk-2.csv", newline="") as file:

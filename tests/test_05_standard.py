@@ -352,6 +352,7 @@ def evaluate(stage, tmp_path, *flags, images=3, captions=0):
 
 STATISTICS = {"other names": {"mean": np.zeros(2048), "cov": np.eye(2048)}, "no name": None,
               "narrow": {"mu": np.zeros(64), "sigma": np.eye(64)}, "cut": {},
+              "two networks": {"mu": np.zeros(2048), "sigma": np.eye(64)},
               "not finite": {"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}, "a table": 0}
 
 
