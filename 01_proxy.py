@@ -1173,7 +1173,7 @@ def open_image(data, side=None):
     image.draft(None, side and (2 * side, 2 * side))
     image.load()
     with contextlib.suppress(Exception):                  # broken EXIF: the pixels are sound
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):                        # 16 bit: keep the upper eight
         image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
