@@ -971,15 +971,19 @@ def find_pairs(files, where, skipped):
     The key ends at the first dot of a file's name, as in WebDataset, or at the last one where the
     first would join images of which one has a caption of its own, or none has any.
     """
-    groups, number = {}, 0
+    groups, number, types = {}, 0, IMAGE_TYPES + TEXT_TYPES
     for name, place in files:
         reason = refuse(name, "tar" if where else "folder")
         if reason:
             skipped[reason, where + name] = 1
             continue
         key, stem, kind = split_name(name)
-        number += kind.endswith(IMAGE_TYPES + TEXT_TYPES)
-        groups.setdefault(key, {}).setdefault(stem, {}).setdefault(kind, (number, place))
+        pair = groups.setdefault(key, {}).setdefault(stem, {})
+        if kind in pair:
+            skipped["key seen before", where + key + stem] = 1
+        else:
+            number += kind.endswith(types)
+            pair[kind] = number, place
     for key, parts in groups.items():
         if len(parts) > 1 or "" not in parts:
             images, texts = ({stem for stem in parts if of_types(parts[stem], types)}
@@ -1030,10 +1034,11 @@ def to_name(key):
 
 def refuse(name, where):
     """Why a file is not read, or ''. Nothing is unpacked, but keys end up in files."""
-    parts = name.removeprefix("./").replace("\\", "/").split("/")
+    name = name.removeprefix("./")
+    parts = name.replace("\\", "/").split("/")
     if BREAKS.search(name) or ".." in parts or parts[0][1:] == ":" or not parts[0]:
         return f"unsafe name in a {where}"
-    return f"hidden file in a {where}" if "/." in "/" + "/".join(parts) else ""
+    return f"hidden file in a {where}" if "/." in "/" + name else ""
 
 
 def index_files(files, base, skipped):
