@@ -30,6 +30,7 @@ import csv
 import ctypes
 import datetime
 import functools
+import gc
 import glob
 import hashlib
 import io
@@ -935,6 +936,7 @@ def index_shards(tars, skipped, out):
 def index_shard(tar_path):
     """Entries (n,) of one tar, and {(reason, name)} of what is skipped."""
     files, skipped, entries, end, size = [], {}, [], 0, os.path.getsize(tar_path)
+    gc.disable()                                          # many objects, and no cycle among them
     with (contextlib.suppress(tarfile.TarError, OSError, ValueError),         # the rest is counted
           tarfile.open(tar_path, "r:", encoding="utf-8") as tar):
         for member in iter(tar.next, None):
@@ -962,6 +964,7 @@ def index_shard(tar_path):
                     f"{tar_path}: {key}"] = 1
         else:
             entries.append((0, start, (end - start) // BLOCK, hash_key(key)))
+    gc.enable()
     return np.array(entries, ENTRY), skipped
 
 
