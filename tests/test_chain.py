@@ -155,7 +155,7 @@ def test_own_pictures_without_strata_or_validation(stage, tmp_path):
     assert run(f"03_score.py --data {tmp_path}/pictures {out}").returncode == 0
     other, = (tmp_path / "out").glob("ratings-of-*pictures.csv")
     assert [row["key"] for row in read(other)] == pairs.keys
-    assert len(read(tmp_path / "out" / "ratings.csv")) == 360                # untouched
+    assert len(read(tmp_path / "out" / "ratings.csv")) == train              # untouched
 
 
 @pytest.mark.parametrize("command,message", [
