@@ -232,6 +232,35 @@ def test_a_lock_is_not_inherited_by_a_fork(stage, tmp_path):
         os.close(write)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are ended by Linux")
+def test_a_worker_ends_with_its_parent_whatever_it_is_at(stage):
+    """A DataLoader's would notice after a while by itself, the index's pool never."""
+    read, write = os.pipe()
+    owner = os.fork()
+    if not owner:
+        child = os.fork()
+        if not child:
+            stage(1).obey_parent()
+            os.write(write, str(os.getpid()).encode())
+        time.sleep(120)
+        os._exit(0)
+    child = int(os.read(read, 20))
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
+    gone = wait_for(lambda: not is_alive(child), 30)
+    if not gone:
+        os.kill(child, signal.SIGKILL)
+    os.close(read)
+    os.close(write)
+    assert gone
+
+
+def is_alive(pid):
+    """Whether a process runs; a zombie that nobody has waited for does not."""
+    done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return done.stdout.strip()[:1] not in ("", "Z")
+
+
 @pytest.mark.slow
 def test_two_launchers_as_on_two_nodes(chain, tmp_path):
     """--nnodes 2 on one machine: 01 to 03 as one process does, and 05 runs."""
