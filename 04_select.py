@@ -38,6 +38,7 @@ import itertools
 import json
 import mmap
 import os
+import sys
 import tarfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -296,6 +297,7 @@ def write_shards(folder, out, data, keys, rows, per_shard=10000):
 
     Members keep their bytes and keys. rows (n,) are used where keys is None (ratings in a .npy).
     """
+    sys.path.insert(0, str(Path(__file__).parent))         # PYTHONSAFEPATH leaves it out
     proxy_stage = importlib.import_module("01_proxy")      # only here: brings torch with it
     settings, _ = proxy_stage.load_proxy(out)
     data = data or settings.data
