@@ -13,9 +13,10 @@ Differs from the paper: the proxy is a diffusion transformer (DiT) in pixel spac
 rectified flow; the paper's is a 0.3 B scale-wise autoregressive model. Eq. 4 steps by AdamW.
 
 The method reads as far as `main`. What comes after it can be skipped: readers of real pairs, and
-plumbing for all five stages. Of that, four names stand in the method: `mine` (this process's share
+plumbing for all five stages. Of that, six names stand in the method: `mine` (this process's share
 of a batch; with one process, all of it), `seeded` (random numbers by seed and step), `stream`
-(batch after batch) and `Progress` (the log of a loop that may be stopped and continued).
+(batch after batch), `to_device` (a tensor moved to where another is), `Progress` (the log of a loop
+that may be stopped and continued) and `say` (a verdict on a number, in words).
 
 Shapes: B pairs in a batch, T words, P patches, D width, N pairs in the corpus.
 
@@ -306,14 +307,6 @@ def read_captions(proxy, pairs, seed, draws=8):
     return (gain[differ] > 0).float().mean().item()
 
 
-def say(text, value, chance, good, cure):
-    """The verdict on a measured number, in words: {} in `text` stays empty or becomes a no."""
-    if np.isnan(value):
-        return f"{text.format('perhaps ')}: it cannot be told here, no two pairs differ in it"
-    doubt = "" if value >= good else "hardly " if value >= (chance + good) / 2 else "not "
-    return f"{text.format(doubt)}: {value:.2f} ({chance:g} is chance)" + (doubt and f"; {cure}")
-
-
 # ---- pairs with known dirt: drawn, or planted in real ones ------------------------------------
 # Strata serve the analysis only: nothing rates or selects by them (a test shuffles them).
 #   informative      45 %   one shape in colour on a background, and the caption says so
@@ -441,22 +434,14 @@ def parse_args(argv=None):
     return args
 
 
-def read_plant(text):
-    """'captions=0.1,noise=0.05' -> {kind of PLANTED: share}."""
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    planted = {name: float(share) for name, _, share in pairs if re.fullmatch(r"0?\.\d+", share)}
-    if len(pairs) != len(planted) or not set(planted) <= set(PLANTED) or sum(planted.values()) >= 1:
-        raise SystemExit(f"--plant {text}: name kinds of {', '.join(PLANTED)} and shares below 1 "
-                         "together, as in --plant captions=0.1,noise=0.05")
-    return planted
-
-
 def load_data(args, device):
     """The splits train, val (for eq. 5) and test (for stage 5) as the options name them."""
+    if args.val and args.data in ("toy", *DATASETS):
+        raise SystemExit(f"--val goes with files: --data {args.data} has trusted pairs of its own")
     if args.data == "toy":
         counts = SMOKE_PAIRS if args.smoke else TOY_PAIRS
-        splits = [draw_toy(n, args.size, args.seed, split, args.words)
-                  for split, n in counts.items()]
+        splits = [draw_toy(n, args.size, args.seed, split, args.words) for split, n in
+                  {**counts, "train": args.pairs or counts["train"]}.items()]
     elif args.data in DATASETS:
         splits = read_dataset(args)
     else:
@@ -486,41 +471,6 @@ def load_data(args, device):
     print0("pairs: " + ", ".join(f"{len(pairs)} {name}" for name, pairs in
                                  zip(("train", "val", "test"), splits)))
     return [pairs.to(device) for pairs in splits]
-
-
-def deal(pairs, share, seed):
-    """Two halves of a share of the pairs, and the rest. A pair's place follows from its key, so
-    that another pair moves none; the share is halved while it holds more than HELD_OUT."""
-    while share * len(pairs) > HELD_OUT:
-        share /= 2
-    lots = pairs.hashes() ^ np.uint64(hash_key(f"split {seed}"))              # (N,)
-    lots = lots * np.uint64(0x9E3779B97F4A7C15) / 2 ** 64                     # mixed, in [0, 1]
-    places = np.digitize(lots, (share / 2, share))
-    return [pairs.take(np.flatnonzero(places == k)) for k in range(3)]
-
-
-def compare_corpus(args, **found):
-    """Note count and keys of pairs in the options of stage 1; later stages compare with these."""
-    noted = vars(args).setdefault("corpus", {})
-    for name, pairs in found.items():
-        now = f"{len(pairs)} pairs, keys {zlib.crc32(pairs.hashes().tobytes()):08x}"
-        if noted.setdefault(name, now) != now:
-            raise SystemExit(f"--data or --val changed after 01_proxy.py ({name}: {noted[name]}; "
-                             f"now {now}): run 01_proxy.py and the stages after it again")
-
-
-def name_shared(train, *held):
-    """Say how many trusted pairs are training pairs too: by key and, in memory, by pixels."""
-    marks = {"keys": [pairs.hashes() for pairs in (train, *held)]}
-    if isinstance(train, Pairs):
-        marks["pixels"] = [[hash(image.tobytes()) for image in pairs.images.numpy()]
-                           for pairs in (train, *held)]
-    for name, (known, *asked) in marks.items():
-        both = np.flatnonzero(np.isin(np.concatenate(asked), known))
-        if len(both):
-            print0(f"{len(both)} trusted pairs have the {name} of training pairs, first "
-                   f"{sum((pairs.keys for pairs in held), [])[both[0]]}: take them out of --data, "
-                   "or validation asks for what is trained on anyway")
 
 
 def main(args, device):
@@ -592,6 +542,41 @@ def tokenize(captions, words):
         ids = find_word_rows(caption)[:words]
         row[:len(ids)] = torch.tensor(ids)
     return table
+
+
+def deal(pairs, share, seed):
+    """Two halves of a share of the pairs, and the rest. A pair's place follows from its key, so
+    that another pair moves none; the share is halved while it holds more than HELD_OUT."""
+    while share * len(pairs) > HELD_OUT:
+        share /= 2
+    lots = pairs.hashes() ^ np.uint64(hash_key(f"split {seed}"))              # (N,)
+    lots = lots * np.uint64(0x9E3779B97F4A7C15) / 2 ** 64                     # mixed, in [0, 1]
+    places = np.digitize(lots, (share / 2, share))
+    return [pairs.take(np.flatnonzero(places == k)) for k in range(3)]
+
+
+def compare_corpus(args, **found):
+    """Note count and keys of pairs in the options of stage 1; later stages compare with these."""
+    noted = vars(args).setdefault("corpus", {})
+    for name, pairs in found.items():
+        now = f"{len(pairs)} pairs, keys {zlib.crc32(pairs.hashes().tobytes()):08x}"
+        if noted.setdefault(name, now) != now:
+            raise SystemExit(f"--data or --val changed after 01_proxy.py ({name}: {noted[name]}; "
+                             f"now {now}): run 01_proxy.py and the stages after it again")
+
+
+def name_shared(train, *held):
+    """Say how many trusted pairs are training pairs too: by key and, in memory, by pixels."""
+    marks = {"keys": [pairs.hashes() for pairs in (train, *held)]}
+    if isinstance(train, Pairs):
+        marks["pixels"] = [[hash(image.tobytes()) for image in pairs.images.numpy()]
+                           for pairs in (train, *held)]
+    for name, (known, *asked) in marks.items():
+        both = np.flatnonzero(np.isin(np.concatenate(asked), known))
+        if len(both):
+            print0(f"{len(both)} trusted pairs have the {name} of training pairs, first "
+                   f"{sum((pairs.keys for pairs in held), [])[both[0]]}: take them out of --data, "
+                   "or validation asks for what is trained on anyway")
 
 
 @dataclass
@@ -1587,6 +1572,14 @@ def write_csv(path, columns, rows):
             csv.writer(file).writerows([columns, *rows])
 
 
+def say(text, value, chance, good, cure):
+    """The verdict on a measured number, in words: {} in `text` stays empty or becomes a no."""
+    if np.isnan(value):
+        return f"{text.format('perhaps ')}: it cannot be told here, no two pairs differ in it"
+    doubt = "" if value >= good else "hardly " if value >= (chance + good) / 2 else "not "
+    return f"{text.format(doubt)}: {value:.2f} ({chance:g} is chance)" + (doubt and f"; {cure}")
+
+
 def show_pictures(axes, images, captions, letters=16):
     """Images (K, 3, H, W) in [-1, 1] on K axes, their captions above, cut to fit."""
     for axis, image, caption in zip(np.ravel(axes), images.cpu(), captions):
@@ -1638,6 +1631,16 @@ def parse(parser, argv, **smoke):
     if parser.parse_known_args(argv)[0].smoke:
         parser.set_defaults(**smoke)
     return parser.parse_args(argv)
+
+
+def read_plant(text):
+    """'captions=0.1,noise=0.05' -> {kind of PLANTED: share}."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    planted = {name: float(share) for name, _, share in pairs if re.fullmatch(r"0?\.\d+", share)}
+    if len(pairs) != len(planted) or not set(planted) <= set(PLANTED) or sum(planted.values()) >= 1:
+        raise SystemExit(f"--plant {text}: name kinds of {', '.join(PLANTED)} and shares below 1 "
+                         "together, as in --plant captions=0.1,noise=0.05")
+    return planted
 
 
 def count(text, least=1):

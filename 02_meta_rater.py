@@ -318,11 +318,12 @@ def draw_figure(path, rows, seen, strata):
     steps, logits, follows = zip(*seen)
     logits = torch.stack(logits).numpy()
     logits = logits - logits.mean(1, keepdims=True)                           # (times, PROBE)
+    unnamed = "other pairs" if set(strata) - {""} else "all pairs"
     for stratum, style in zip(sorted(set(strata)), itertools.cycle(["-.", ":", "-", "--"])):
         chosen = logits[:, strata == stratum]
         low, middle, high = np.percentile(chosen, (25, 50, 75), axis=1)
         colour = proxy_stage.STRATUM_COLOURS.get(stratum, "black")
-        left.plot(steps, middle, style, color=colour, label=stratum or "all pairs")
+        left.plot(steps, middle, style, color=colour, label=stratum or unnamed)
         left.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     left.set(xlabel="meta step", ylabel="logit, centred (median, quartiles)")
     proxy_stage.legend_above(left)

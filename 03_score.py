@@ -11,9 +11,9 @@ released code's ratings are softmaxes over the scoring batch: they depend on bat
 order, and grow in a short last batch.) Ratings are written chunk by chunk: memory does not grow
 with the corpus, and an interrupted run continues.
 
-A rating costs one pass of the small rater. --baselines adds rankings that need no rater. Three are
-the mean of 8 draws of t and eps: `loss`, L(theta_hat; x_i) after stage 2; `difference`,
-L(theta; x_i) - L(theta_hat; x_i); and `gain`, what its caption is worth to the proxy,
+A rating costs two passes of the proxy, the rater's eyes. --baselines adds rankings that need no
+rater. Three are the mean of 8 draws of t and eps: `loss`, L(theta_hat; x_i) after stage 2;
+`difference`, L(theta; x_i) - L(theta_hat; x_i); and `gain`, what its caption is worth to the proxy,
 L(theta_hat; x_i without caption) - L(theta_hat; x_i). `contrast` is what practitioners use, in
 small: the cosine of picture and caption under a contrastive network, here trained on the trusted
 pairs of stage 2. Three of the paper's heuristics look at the picture alone: `clarity`,
@@ -52,7 +52,7 @@ rater_stage = importlib.import_module("02_meta_rater")
 
 CHUNK = 512                # corpus rows that share a stream of random numbers, scored at a time
 GROUPS = 16                # random groups that every pair is tried in
-DRAWS = 8                  # of t and eps behind the two baselines
+DRAWS = 8                  # of t and eps behind three of the baselines
 BANDS = 10                 # percentile bands in the figures
 SHOWN = 1_000_000          # ratings at most that the report and the figures look at
 NUMBERS = ["instance", "group", "rating"]
@@ -152,11 +152,9 @@ def draw_companions(rater, group_size, pairs, seed):
 def rate(rater, group_size, pairs, trusted, seed):
     """Ratings (K,) of resident trusted pairs beside the companions of the corpus."""
     companions = draw_companions(rater, group_size, pairs, seed)
-    found = []
-    for rows in np.array_split(np.arange(len(trusted)), len(trusted) // CHUNK + 1):
-        f = rater.features(*trusted.batch(rows))
-        found.append(rater.logits(f) + group_rating(rater, f, companions).log())
-    return torch.cat(found).cpu().numpy()
+    parts = np.array_split(np.arange(len(trusted)), len(trusted) // CHUNK + 1)
+    return torch.cat([score_chunk({"rater": rater}, trusted.take(rows), companions, 0, seed)[:, -1]
+                      for rows in parts]).cpu().numpy()
 
 
 def score(nets, group_size, pairs, path, seed, progress, with_baselines=False):
@@ -360,7 +358,9 @@ def probe_dynamics(proxy, pairs, rows, draws, seed):
 def draw_histogram(path, rating, percentile, strata, trusted):
     """Ratings by stratum, with those of trusted pairs as a line, and what stands where."""
     names = [name for name in proxy_stage.STRATUM_COLOURS if name in set(strata)]
-    groups = [(name, strata == name) for name in names] or [("all pairs", strata == strata)]
+    rest = ~np.isin(strata, names)
+    groups = [(name, strata == name) for name in names] + [
+        ("other pairs" if names else "all pairs", rest)] * bool(rest.any())
     colours = [proxy_stage.STRATUM_COLOURS.get(name, "black") for name, _ in groups]
     hatches = ["//" if name.startswith("chaotic") else "" for name, _ in groups]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))

@@ -91,6 +91,15 @@ def test_a_cut_data_set_is_named(stage, tmp_path):
         load(stage, "--data", "FashionMNIST", "--root", str(tmp_path))
 
 
+@pytest.mark.parametrize("data", ["toy", "FashionMNIST"])
+def test_a_part_is_taken_and_trusted_files_are_not_ignored(stage, tmp_path, data):
+    write_fashion(tmp_path)
+    flags = "--data", data, "--root", str(tmp_path), "--smoke"
+    assert len(load(stage, *flags, "--pairs", "40")[0]) == 40
+    with pytest.raises(SystemExit, match="--val goes with files"):
+        load(stage, *flags, "--val", str(tmp_path))
+
+
 # ---- planted dirt -----------------------------------------------------------------------------
 PLANT = "captions=0.2,noise=0.1,plain=0.05"
 
@@ -272,6 +281,16 @@ def test_ratings_do_not_depend_on_the_marks(stage, tmp_path, monkeypatch):
         table = stage(3).read_table(out / "ratings.csv")
         found[shuffled] = {name: values for name, values in table.items() if name != "stratum"}
         marks = table["stratum"]
-    assert (np.array(marks) != found[False]["key"]).all()
     for name, values in found[False].items():
         assert (found[True][name] == values).all(), name
+    launch(stage, 4, ["--method", "topk", "--out", str(out)])
+    kept = (out / "selected-topk-0.5.csv").read_text().split()[1:]
+    planted = {key for key, mark in zip(table["key"], marks) if mark.startswith("planted-")}
+    assert len(planted) == 73 and len(kept) == round((208 - 73) / 2) and not planted & set(kept)
+    shown = []
+    monkeypatch.setattr(stage(1), "train",
+                        lambda net, pairs, *args, **how: shown.append(pairs.keys))
+    launch(stage, 5, ["--smoke", "--seeds", "1", "--out", str(out), "--selected",
+                      str(out / "selected-topk-0.5.csv")])
+    assert {len(keys) for keys in shown[1:]} == {135, 68}             # full, random and the half
+    assert not any(planted & set(keys) for keys in shown)
