@@ -42,6 +42,24 @@ def test_eq7_weights(stage):
     assert torch.allclose(rater.group(joined).sigmoid(), W_batch[0], atol=1e-5)
 
 
+def test_the_rater_sees_through_a_frozen_copy_of_the_proxy(stage):
+    """Its features: pooled states of the clean picture, and what the caption adds to them."""
+    proxy, (x, c, _, _) = make_proxy(stage), make_batch(8, 1)
+    rater = stage(2).Rater(proxy)
+    t, before = torch.full((8,), 0.5), rater.features(x, c)
+    with torch.no_grad():
+        h, h_empty = proxy.pool(0.5 * x, t, c), proxy.pool(0.5 * x, t, 0 * c)
+    expected = torch.nn.functional.layer_norm(torch.cat([h, h - h_empty], 1), (4 * 16,))
+    assert torch.allclose(before, expected, atol=1e-5) and (h - h_empty).abs().max() > 1e-3
+    opt = stage(1).adamw(rater, 0.1)
+    stage(1).descend(rater.logits(before).sum(), rater, opt)
+    stage(1).adamw(proxy, 0.1).step()
+    for p in proxy.parameters():
+        p.data += 1                                        # the copy is its own
+    with torch.no_grad():
+        assert torch.equal(rater.proxy.pool(0.5 * x, t, c), h)
+
+
 def test_eq6_gradient_equals_a_sum_over_single_pairs(stage):
     """Without the additions the gradient is the mean over groups of sum_i gap_i grad W_i."""
     torch.manual_seed(0)
