@@ -9,9 +9,13 @@ import pytest
 
 from conftest import ROOT, launch, write_fashion, write_pictures
 
-TEXT = (ROOT / "README.md").read_text()
+PAGES = {name: (ROOT / name).read_text() for name in (
+    "README.md", ".assets/exercises.md", ".assets/claims.md", ".assets/differences.md",
+    ".assets/real.md", "tests/README.md")}
+TEXT = PAGES["README.md"]
 EQUATIONS = re.findall(r"^\| ([\d, ]+) \| [^|]+ \| `(0\d_\w+\.py): ([^|]+?) \|$", TEXT, re.M)
-COMMANDS = list(dict.fromkeys(re.findall(r"(?:python|--) (0\d_\w+\.py[^&|`\n]*)", TEXT)))
+COMMANDS = list(dict.fromkeys(re.findall(r"(?:python|--) (0\d_\w+\.py[^&|`\n]*)",
+                                     TEXT + PAGES[".assets/exercises.md"])))
 
 
 @pytest.mark.parametrize("numbers,file,functions", EQUATIONS)
@@ -60,10 +64,13 @@ def slugs(text):
             for heading in re.findall(r"^#+ (.+)$", text, re.M)}
 
 
-def test_every_file_and_heading_named_is_there():
-    for link in re.findall(r"\]\(([^)]+)\)", TEXT) + re.findall(r"tests/\w+\.py", TEXT):
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_and_heading_named_is_there(page):
+    text = PAGES[page]
+    for link in re.findall(r"\]\(([^)]+)\)", text):
         name, _, heading = link.partition("#")
         if not name.startswith("https:"):
-            file = ROOT / (name or "README.md")
+            file = (ROOT / page).parent / name if name else ROOT / page
             assert file.exists(), link
             assert not heading or heading in slugs(file.read_text()), link
+    assert all((ROOT / script).exists() for script in re.findall(r"tests/\w+\.py", text))
