@@ -127,7 +127,7 @@ class DiT(nn.Module):
         super().__init__()
         if size % patch or width % 4:
             raise SystemExit(f"--size {size} must divide by --patch {patch}, --width {width} by 4")
-        self.patch, self.words, self.pooled = patch, words, 2 * width
+        self.patch, self.words = patch, words
         heads = next(n for n in range(max(4, width // 64), 0, -1) if width % n == 0)
         self.to_patch = nn.Linear(3 * patch ** 2, width)
         self.from_patch = nn.Linear(width, 3 * patch ** 2)
@@ -140,22 +140,13 @@ class DiT(nn.Module):
         nn.init.zeros_(self.from_patch.weight)
         nn.init.zeros_(self.from_patch.bias)
 
-    def encode(self, x, t, c):                             # (B, 3, H, W), (B,), (B, T)
-        """Last hidden states (B, T + P, D) of the words and of the patches."""
+    def forward(self, x, t, c):                            # (B, 3, H, W), (B,), (B, T)
         word = self.word(c)                                                   # (B, T, D)
         cond = self.time(time_features(t, word.shape[-1])) + word.mean(1)     # (B, D)
         h = torch.cat([word, self.to_patch(patchify(x, self.patch))], 1) + self.position
         for block in self.blocks:
             h = block(h, cond)                                                # (B, T + P, D)
-        return self.norm(h)
-
-    def pool(self, x, t, c):
-        """Means (B, 2 D) of the words' and of the patches' last states: the rater's eyes."""
-        h = self.encode(x, t, c)
-        return torch.cat([h[:, :self.words].mean(1), h[:, self.words:].mean(1)], 1)
-
-    def forward(self, x, t, c):
-        h = self.from_patch(self.encode(x, t, c)[:, self.words:])             # (B, P, 3 p p)
+        h = self.from_patch(self.norm(h[:, self.words:]))                     # (B, P, 3 p p)
         return unpatchify(h, self.patch, x.shape[-1])                         # (B, 3, H, W)
 
 

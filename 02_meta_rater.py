@@ -30,8 +30,6 @@ Added to the paper, each marked in the code (what happens without it: README, "T
                    on the toy pairs
     no caption     a tenth of the captions is blanked as in the warm-up. Without it both proxies
                    forget pictures without a caption, and stage 3 loses its caption gain
-    its eyes       the rater sees through the warm proxy, frozen. A rater that learns to see from
-                   nothing needs more steps than the signal lives on real pictures
 Released code: eq. 9 only, no reference proxy, another softmax on top, validation only at first.
 Differs from the paper: steps by AdamW; the softmax runs over groups of fixed size (the paper's 64
 pairs on 2 GPUs are groups of 32), so the number of processes changes nothing.
@@ -41,7 +39,6 @@ Writes   out/rater.pt, .csv, .png      (--signal loss: out/rater-loss.pt, .csv, 
 Run      python 02_meta_rater.py                        under a minute on two cores
          torchrun --nproc-per-node 2 -- 02_meta_rater.py --signal loss
 """
-import copy
 import functools
 import importlib
 import itertools
@@ -63,26 +60,26 @@ PROBE = 512                # training pairs whose logits the figure follows
 
 # ---- the rater -------------------------------------------------------------------------------
 class Rater(nn.Module):
-    """mu: image and caption -> features -> Instance MLP (logit) and Group MLP (W_batch).
+    """mu: clean image and caption -> features -> Instance MLP (logit) and Group MLP (W_batch).
 
-    The paper's Fig. 2a. Its backbone is the warm proxy itself, frozen: only the two heads and a
-    norm are trained. (The paper's is a STAR-40M.) What a pair shows and what its caption adds:
-
-        f = [h, h - h without the caption],   h = pooled states of theta_hat at t = 0.5, no noise
+    The paper's Fig. 2a with a small transformer encoder in place of STAR-40M's backbone.
     """
 
-    def __init__(self, proxy):
+    def __init__(self, size, patch, words, width=64, depth=2):
         super().__init__()
-        self.proxy, width = copy.deepcopy(proxy).requires_grad_(False), 2 * proxy.pooled
-        self.norm = nn.LayerNorm(width)
+        self.patch = patch
+        self.to_patch = nn.Linear(3 * patch ** 2, width)
+        self.word = nn.Embedding(proxy_stage.VOCABULARY, width)
+        self.position = nn.Parameter(0.2 * torch.randn(1, words + (size // patch) ** 2, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, activation="gelu",
+                                           batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.instance = nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, 1))
         self.group = nn.Sequential(nn.Linear(2 * width, 64), nn.GELU(), nn.Linear(64, 1))
 
     def features(self, x, c):                              # (B, 3, H, W), (B, T)
-        t = x.new_full((len(x),), 0.5)
-        with torch.no_grad():
-            h, h_empty = (self.proxy.pool(0.5 * x, t, words) for words in (c, 0 * c))
-        return self.norm(torch.cat([h, h - h_empty], 1))                      # (B, 4 D)
+        patches = self.to_patch(proxy_stage.patchify(x, self.patch))          # (B, P, D)
+        return self.encoder(torch.cat([self.word(c), patches], 1) + self.position).mean(1)  # (B, D)
 
     def logits(self, f):
         """Instance rating of features (..., D) -> (...): eq. 7's W_i before its softmax."""
@@ -291,7 +288,7 @@ def main(args, device):
     nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
     for net in nets.values():
         net.load_state_dict(snapshots[settings.steps])     # theta <- theta_hat, after eq. 4
-    nets["rater"] = Rater(nets["ref"]).to(device)
+    nets["rater"] = Rater(settings.size, settings.patch, settings.words).to(device)
 
     (_, probe), = pairs.parts([np.arange(min(PROBE, len(pairs)))])
     file = Path(args.out) / f"rater{suffix(args.signal)}"

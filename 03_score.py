@@ -11,9 +11,9 @@ released code's ratings are softmaxes over the scoring batch: they depend on bat
 order, and grow in a short last batch.) Ratings are written chunk by chunk: memory does not grow
 with the corpus, and an interrupted run continues.
 
-A rating costs two passes of the proxy, the rater's eyes. --baselines adds rankings that need no
-rater. Three are the mean of 8 draws of t and eps: `loss`, L(theta_hat; x_i) after stage 2;
-`difference`, L(theta; x_i) - L(theta_hat; x_i); and `gain`, what its caption is worth to the proxy,
+A rating costs one pass of the small rater. --baselines adds rankings that need no rater. Three are
+the mean of 8 draws of t and eps: `loss`, L(theta_hat; x_i) after stage 2; `difference`,
+L(theta; x_i) - L(theta_hat; x_i); and `gain`, what its caption is worth to the proxy,
 L(theta_hat; x_i without caption) - L(theta_hat; x_i). `contrast` is what practitioners use, in
 small: the cosine of picture and caption under a contrastive network, here trained on the trusted
 pairs of stage 2. Three of the paper's heuristics look at the picture alone: `clarity`,
@@ -427,7 +427,7 @@ def load_nets(args, settings, device):
         raise SystemExit(f"{file} grew from another {args.out}/proxy.pt: run 02_meta_rater.py "
                          f"--signal {args.signal} again")
     nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
-    nets["rater"] = rater_stage.Rater(nets["ref"]).to(device)
+    nets["rater"] = rater_stage.Rater(settings.size, settings.patch, settings.words).to(device)
     for name, net in nets.items():
         net.load_state_dict(saved["weights"][name])
     return nets, saved["settings"]["group_size"]

@@ -169,7 +169,7 @@ def set_up(device):
     torch.manual_seed(0)
     pairs, val = (proxy_stage.draw_toy(4000, 16, 0, split).to(device) for split in ("train", "val"))
     nets = {name: new_proxy(device) for name in ("proxy", "ref")}
-    nets["rater"] = rater_stage.Rater(nets["ref"]).to(device)
+    nets["rater"] = rater_stage.Rater(16, 4, 8).to(device)
     batches = [split.batch(np.arange(64)) for split in (pairs, val)]
     rng = proxy_stage.seeded(device, 0, "bench")
     noises = [proxy_stage.draw_noise(x, rng) for x, _ in batches]
@@ -370,7 +370,7 @@ def gpu_stages(device, width, batch, size=64, depth=12):
     settings = proxy_stage.parse_args(["--size", str(size), "--width", str(width), "--depth",
                                        str(depth)])
     nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
-    nets["rater"] = rater_stage.Rater(nets["ref"]).to(device)
+    nets["rater"] = rater_stage.Rater(16, 4, 8).to(device)
     nets["contrast"] = score_stage.Contrast(size, settings.words).to(device)
     opts = {name: proxy_stage.adamw(net, 1e-4) for name, net in nets.items()}
     args, rng = rater_stage.parse_args([]), proxy_stage.seeded("cpu", 0, "bench")

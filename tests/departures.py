@@ -149,7 +149,7 @@ class Bench:
         nets = {key: proxy_stage.build_proxy(settings, "cpu") for key in ("proxy", "ref")}
         for net in nets.values():
             net.load_state_dict(weights)
-        nets["rater"] = rater_stage.Rater(nets["ref"])
+        nets["rater"] = rater_stage.Rater(settings.size, settings.patch, settings.words)
         args = rater_stage.parse_args(["--seed", str(seed), *self.flags, *flags])
         nets_at = proxy_stage.Progress()
         rater_stage.learn(nets, pairs, val, args, pairs.batch(np.arange(len(pairs))), nets_at)

@@ -276,7 +276,7 @@ class Lab:
             nets = {key: proxy_stage.build_proxy(settings, "cpu") for key in ("proxy", "ref")}
             for net in nets.values():
                 net.load_state_dict(weights)
-            nets["rater"] = rater_stage.Rater(nets["ref"])
+            nets["rater"] = rater_stage.Rater(settings.size, settings.patch, settings.words)
             if signal == "loss":
                 nets["ref"] = Nothing()                    # eq. 9 needs no theta_hat
             loss = (with_own_noise(nets["ref"]) if "independent" in signal
@@ -292,7 +292,7 @@ class Lab:
     def rate(self, learnt, settings, pairs, draws=8):
         """Stage 3's numbers (N, 8) of `pairs`; (N, 3) at no draws or without theta_hat."""
         nets = {key: proxy_stage.build_proxy(settings, "cpu") for key in ("proxy", "ref")}
-        nets["rater"] = rater_stage.Rater(nets["ref"])
+        nets["rater"] = rater_stage.Rater(settings.size, settings.patch, settings.words)
         has_ref = len(learnt["weights"]["ref"]) > 1
         contrast = score_stage.Contrast(settings.size, settings.words)        # not looked at
         for key, net in nets.items():
@@ -497,7 +497,7 @@ def read_shards(count, run, shards=20):
 def examine(lab, learnt, seed, shards=20):
     """Correlation of W_batch with quality, its mean in the worst and best quarter, two AUCs."""
     settings, pairs = lab.settings("sharded", seed), lab.data("sharded", seed)[0]
-    rater = rater_stage.Rater(proxy_stage.build_proxy(settings, "cpu"))
+    rater = rater_stage.Rater(settings.size, settings.patch, settings.words)
     rater.load_state_dict(learnt["weights"]["rater"])
     good = np.array(pairs.strata) == "informative"
     f = rater.features(*pairs.batch(np.arange(len(pairs))))                   # (N, D)

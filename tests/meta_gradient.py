@@ -321,7 +321,7 @@ def rate(seed, smoke, signal="difference", trusted=next(iter(TRUSTED))):
     args = rater_stage.parse_args(["--seed", str(seed), "--signal", signal] + ["--smoke"] * smoke)
     torch.manual_seed(seed)
     nets = {"proxy": copy.deepcopy(proxy), "ref": copy.deepcopy(proxy),
-            "rater": rater_stage.Rater(proxy)}
+            "rater": rater_stage.Rater(settings.size, settings.patch, settings.words)}
     rater_stage.learn(nets, pairs, spoil(val, settings, *TRUSTED[trusted]), args,
                       pairs.batch(np.arange(8)), proxy_stage.Progress())
     with torch.no_grad():

@@ -82,47 +82,37 @@ def areas(values, strata):
 
 
 # ---- raters ----------------------------------------------------------------------------------
-class Eyes(rater_stage.Rater):
-    """Stage 2's rater with less: no look without the caption, or a backbone that is trained."""
+class Eyes(nn.Module):
+    """Features from a copy of the warm proxy: means of the words' and of the patches' last states
+    at t = 0.5 without noise; with `empty` also their change when the caption is taken away."""
 
-    def __init__(self, proxy, frozen):
-        super().__init__(proxy)
-        self.proxy.requires_grad_(not frozen)
-        self.norm = nn.LayerNorm(proxy.pooled)
-        self.instance[0], self.group[0] = (nn.Linear(k * proxy.pooled, 64) for k in (1, 2))
-
-    def features(self, x, c):
-        return self.norm(self.proxy.pool(0.5 * x, x.new_full((len(x),), 0.5), c))
-
-
-class Encoder(nn.Module):
-    """The rater of earlier versions: a transformer encoder that learns to see from nothing."""
-
-    def __init__(self, size, patch, words, width=64, depth=2):
+    def __init__(self, proxy, frozen, empty):
         super().__init__()
-        self.patch = patch
-        self.to_patch = nn.Linear(3 * patch ** 2, width)
-        self.word = nn.Embedding(proxy_stage.VOCABULARY, width)
-        self.position = nn.Parameter(0.2 * torch.randn(1, words + (size // patch) ** 2, width))
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, activation="gelu",
-                                           batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.proxy, self.empty = copy.deepcopy(proxy).requires_grad_(not frozen), empty
+        width, self.states = proxy.position.shape[-1] * (4 if empty else 2), []
+        self.proxy.blocks[-1].register_forward_hook(lambda *run: self.states.append(run[2]))
+        self.norm = nn.LayerNorm(width)
         self.instance = nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, 1))
         self.group = nn.Sequential(nn.Linear(2 * width, 64), nn.GELU(), nn.Linear(64, 1))
 
+    def look(self, x, c):
+        self.proxy(0.5 * x, x.new_full((len(x),), 0.5), c)
+        h, words = self.proxy.norm(self.states.pop()), self.proxy.words       # (B, T + P, D)
+        return torch.cat([h[:, :words].mean(1), h[:, words:].mean(1)], 1)     # (B, 2 D)
+
     def features(self, x, c):
-        patches = self.to_patch(proxy_stage.patchify(x, self.patch))          # (B, P, D)
-        return self.encoder(torch.cat([self.word(c), patches], 1) + self.position).mean(1)
+        f = self.look(x, c)
+        return self.norm(torch.cat([f, f - self.look(x, 0 * c)], 1) if self.empty else f)
 
     logits, group_weight = rater_stage.Rater.logits, rater_stage.Rater.group_weight
 
 
 def build_raters(settings, proxy):
     torch.manual_seed(settings.seed)
-    return {"own encoder": Encoder(settings.size, settings.patch, settings.words),
-            "theta_hat frozen": Eyes(proxy, True),
-            "frozen, and without the caption": rater_stage.Rater(proxy),
-            "theta_hat fine-tuned": Eyes(proxy, False)}
+    return {"own encoder": rater_stage.Rater(settings.size, settings.patch, settings.words),
+            "theta_hat frozen": Eyes(proxy, True, False),
+            "frozen, and without the caption": Eyes(proxy, True, True),
+            "theta_hat fine-tuned": Eyes(proxy, False, False)}
 
 
 def rate(rater, pairs):

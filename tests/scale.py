@@ -62,7 +62,7 @@ def rate_of(batches):
 def score_rate(pairs):
     """Pairs a second of stage 3 with untrained nets of the default size."""
     nets = {name: proxy_stage.DiT(16, 4, 64, 3, 8) for name in ("proxy", "ref")}
-    nets["rater"] = rater_stage.Rater(nets["ref"])
+    nets["rater"] = rater_stage.Rater(16, 4, 8)
     with tempfile.NamedTemporaryFile() as file:
         _, seconds = timed(lambda: score_stage.score(nets, 32, pairs, file.name, 0,
                                                      proxy_stage.Progress()))

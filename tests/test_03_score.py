@@ -13,7 +13,7 @@ def rated(stage):
     for net in nets.values():
         torch.nn.init.normal_(net.from_patch.weight, std=0.1)
         torch.nn.init.normal_(net.blocks[0].modulation[1].weight, std=0.1)  # captions matter
-    return nets | {"rater": stage(2).Rater(nets["ref"]), "contrast": stage(3).Contrast(16, 8)}, pairs
+    return nets | {"rater": stage(2).Rater(16, 4, 8, 16, 1), "contrast": stage(3).Contrast(16, 8)}, pairs
 
 
 def rate(stage, nets, pairs, path, stop_after=None):

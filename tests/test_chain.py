@@ -69,7 +69,7 @@ proxy_stage, rater_stage = (importlib.import_module(name) for name in ("01_proxy
 def main(args, device):
     torch.manual_seed(0)
     nets = {name: proxy_stage.DiT(16, 4, 16, 1, 8) for name in ("proxy", "ref")}
-    nets["rater"] = rater_stage.Rater(nets["ref"])
+    nets["rater"] = rater_stage.Rater(16, 4, 8, 16, 1)
     for net in nets.values():
         for p in net.parameters():
             p.data += 0.1 * torch.randn(p.shape)

@@ -143,7 +143,7 @@ def test_every_training_pair_reaches_the_rater(stage, monkeypatch, tmp_path):
         return torch.zeros(8)
     monkeypatch.setattr(stage(2), "meta_step", meta_step)
     nets = {name: stage(1).DiT(16, 4, 16, 1, 8) for name in ("proxy", "ref")}
-    nets["rater"] = stage(2).Rater(nets["ref"])
+    nets["rater"] = stage(2).Rater(16, 4, 8, 16, 1)
     stage(2).learn(nets, pairs, val, args, pairs.batch(range(8)), stage(1).Progress())
     stage(1).Progress.running = False
     assert len(set(shown[0])) == 256 and len(set(shown[1])) == 64
