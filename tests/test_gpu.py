@@ -35,7 +35,7 @@ def nets(stage):
         for name in ("proxy", "ref"):
             for p in found[name].parameters():
                 torch.nn.init.normal_(p, std=0.05)
-        found["rater"] = stage(2).Rater(found["ref"])
+        found["rater"] = stage(2).Rater(16, 4, 8, 16, 1)
         return {name: net.to(device) for name, net in found.items()}
     yield make
     stage(1).Machine.bf16 = stage(1).Machine.compiled = False

@@ -121,7 +121,7 @@ def test_micro_batches_add_up_to_the_same_step(stage, monkeypatch, micro):
         stage(1).train(net, pairs, 3, 16, 1e-3, 0)
         torch.manual_seed(0)
         nets = {"proxy": small_net(stage, 1), "ref": small_net(stage, 2),
-                "rater": stage(2).Rater(small_net(stage, 3))}
+                "rater": stage(2).Rater(16, 4, 8, 16, 1)}
         opts = {name: torch.optim.SGD(one.parameters(), 0.1) for name, one in nets.items()}
         numbers = stage(2).meta_step(nets, opts, pairs.batch(range(16)), val.batch(range(16)),
                                      stage(1).seeded("cpu", 0), args)
@@ -134,7 +134,7 @@ def test_micro_batches_add_up_to_the_same_step(stage, monkeypatch, micro):
 def test_theta_hat_is_done_before_theta_begins(stage, monkeypatch):
     """At no time do two proxies keep what their backward passes need."""
     events, nets = [], {"proxy": small_net(stage), "ref": small_net(stage, 1),
-                        "rater": stage(2).Rater(small_net(stage, 3))}
+                        "rater": stage(2).Rater(16, 4, 8, 16, 1)}
     names = {id(net): name for name, net in nets.items()}
     for function in ("flow_loss", "step_down"):
         def watched(net, *rest, inner=getattr(stage(1), function), function=function):
