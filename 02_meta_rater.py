@@ -53,7 +53,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
-proxy_stage = importlib.import_module("01_proxy")
+s1 = importlib.import_module("01_proxy")
 
 PROBE = 512                # training pairs whose logits the figure follows
 
@@ -69,7 +69,7 @@ class Rater(nn.Module):
         super().__init__()
         self.patch = patch
         self.to_patch = nn.Linear(3 * patch ** 2, width)
-        self.word = nn.Embedding(proxy_stage.VOCABULARY, width)
+        self.word = nn.Embedding(s1.VOCABULARY, width)
         self.position = nn.Parameter(0.2 * torch.randn(1, words + (size // patch) ** 2, width))
         layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, activation="gelu",
                                            batch_first=True, norm_first=True)
@@ -78,7 +78,7 @@ class Rater(nn.Module):
         self.group = nn.Sequential(nn.Linear(2 * width, 64), nn.GELU(), nn.Linear(64, 1))
 
     def features(self, x, c):                              # (B, 3, H, W), (B, T)
-        patches = self.to_patch(proxy_stage.patchify(x, self.patch))          # (B, P, D)
+        patches = self.to_patch(s1.patchify(x, self.patch))          # (B, P, D)
         return self.encoder(torch.cat([self.word(c), patches], 1) + self.position).mean(1)  # (B, D)
 
     def logits(self, f):
@@ -137,14 +137,14 @@ def meta_step(nets, opts, train, val, rng, args):
     (x, c), (x_val, c_val) = train, val
     W_inst, W_batch = weigh(nets["rater"], x, c, args.group_size)             # (B / G, G or 1)
     W = (W_inst * W_batch).detach()                        # eq. 5 holds mu fixed; sums to W_batch
-    noise = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)               # one for both proxies
-    noise_val = proxy_stage.draw_noise(x_val, rng)
-    c, c_val = (proxy_stage.drop_captions(words, rng) for words in (c, c_val))          # added
+    noise = s1.draw_noise(x, rng, s1.T_SHIFT)               # one for both proxies
+    noise_val = s1.draw_noise(x_val, rng)
+    c, c_val = (s1.drop_captions(words, rng) for words in (c, c_val))          # added
     batch = W.flatten() / len(W), x, c, *noise
     batch_val = x_val.new_full((len(x_val),), 1 / len(x_val)), x_val, c_val, *noise_val
-    L_hat, norm_hat = proxy_stage.descend_flow(nets["ref"], opts["ref"], *batch)  # eq. 5, no g_val
-    L_both, norm = proxy_stage.descend_flow(nets["proxy"], opts["proxy"],         # eqs. 5, 10
-                                            *map(torch.cat, zip(batch, batch_val)))
+    L_hat, norm_hat = s1.descend_flow(nets["ref"], opts["ref"], *batch)  # eq. 5, no g_val
+    L_both, norm = s1.descend_flow(nets["proxy"], opts["proxy"],         # eqs. 5, 10
+                                   *map(torch.cat, zip(batch, batch_val)))
     L_theta, L_val = L_both.split(len(x))                                     # (B,), (B,)
     L_theta, L_hat = L_theta.view_as(W), L_hat.view_as(W)                     # (B / G, G)
 
@@ -152,10 +152,10 @@ def meta_step(nets, opts, train, val, rng, args):
     signal = gap if args.signal == "difference" else L_theta                  # eq. 8: L_hat = 0
     s = rank_normal(signal)                                                   # added
     total = (signal * W_inst.detach()).sum(1)                                 # (B / G,)
-    s_group = proxy_stage.mine(rank_normal(proxy_stage.gather(total)))[:, None]         # added
+    s_group = s1.mine(rank_normal(s1.gather(total)))[:, None]         # added
     objective = rater_objective(W_inst, W_batch, s, s_group)
-    norm_mu = proxy_stage.descend(objective + args.tau * negative_entropy(W_inst, W_batch),
-                                  nets["rater"], opts["rater"])
+    norm_mu = s1.descend(objective + args.tau * negative_entropy(W_inst, W_batch),
+                         nets["rater"], opts["rater"])
     ess = 1 / W_inst.square().sum(1).mean() / args.group_size
     return torch.stack([L_val.mean(), L_hat.mean(), gap.mean(), gap.std(), ess, W_batch.mean(),
                         W_inst.clamp_min(1e-12).log().std(1).mean(),
@@ -175,10 +175,10 @@ def exact_meta_gradient(proxy, train, val, W, beta, steps):
         for _ in range(steps):
             def net(*inputs, params=params):
                 return functional_call(proxy, params, inputs)
-            loss = (W * proxy_stage.flow_loss(net, *train)).sum()             # eq. 3
+            loss = (W * s1.flow_loss(net, *train)).sum()             # eq. 3
             grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
             params = {name: p - beta * g for (name, p), g in zip(params.items(), grads)}
-        L_val = proxy_stage.flow_loss(                                        # eq. 2
+        L_val = s1.flow_loss(                                        # eq. 2
             lambda *inputs: functional_call(proxy, params, inputs), *val).mean()
         return torch.autograd.grad(L_val, W)[0]
 
@@ -196,19 +196,19 @@ def follow(nets, x, c, args, draws=4):
     logits (B,), too.
     """
     logits = nets["rater"].logits(nets["rater"].features(x, c))               # (B,)
-    rng, signal = proxy_stage.seeded(x.device, args.seed, "follow"), torch.zeros_like(logits)
+    rng, signal = s1.seeded(x.device, args.seed, "follow"), torch.zeros_like(logits)
     for _ in range(draws):
-        t, eps = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)
-        signal += proxy_stage.flow_loss(nets["proxy"], x, c, t, eps)
+        t, eps = s1.draw_noise(x, rng, s1.T_SHIFT)
+        signal += s1.flow_loss(nets["proxy"], x, c, t, eps)
         if args.signal == "difference":
-            signal -= proxy_stage.flow_loss(nets["ref"], x, c, t, eps)
+            signal -= s1.flow_loss(nets["ref"], x, c, t, eps)
     places = torch.stack([logits, -signal]).argsort(1).argsort(1).double()
     return torch.corrcoef(places)[0, 1].item(), logits.cpu()
 
 
 def learn(nets, pairs, val, args, probe, progress):
     """`--steps` meta steps, logged in `progress`, which also keeps the probe's logits over time."""
-    opts = {name: proxy_stage.adamw(net, args.lr) for name, net in nets.items()}
+    opts = {name: s1.adamw(net, args.lr) for name, net in nets.items()}
     progress.attach(**nets, **{f"{name}_opt": opt for name, opt in opts.items()})
     seen = progress.kept.setdefault("seen", [])            # [(step, logits (PROBE,), follows)]
 
@@ -219,17 +219,17 @@ def learn(nets, pairs, val, args, probe, progress):
             seen.append((k, logits, follows))
         if k % 100 == 0 or k == args.steps:
             val_loss, _, gap, gap_std, *health, _ = np.mean(progress.fetch()[-100:], axis=0)
-            proxy_stage.print0(
+            s1.print0(
                 f"meta {k:5d}/{args.steps}   val {val_loss:.4f}   difference {gap:+.4f} "
                 f"+- {gap_std:.4f}   ESS {health[0]:.2f}   W_batch {health[1]:.3f}   "
                 f"logit std {health[2]:.2f}   follows {seen[-1][2]:.2f}"
                 + warn_of_collapse(*health))
 
-    batches = [proxy_stage.stream(split, proxy_stage.draw_batches(
+    batches = [s1.stream(split, s1.draw_batches(
         len(split), args.batch_size, args.seed, progress.step, args.steps))
         for split in (pairs, val)]
     for (rows, *train_batch), (_, *val_batch) in zip(*batches):
-        rng = proxy_stage.seeded("cpu", args.seed, "meta", progress.step + 1)
+        rng = s1.seeded("cpu", args.seed, "meta", progress.step + 1)
         numbers = meta_step(nets, opts, train_batch, val_batch, rng, args)
         progress.advance(numbers, functools.partial(pairs.name, rows), after)
     progress.fetch()
@@ -250,21 +250,21 @@ def judge_following(follows):
     half = follows[(len(follows) - 1) // 2]
     trend = ("rising from {:.2f} half-way: more --steps would help" if follows[-1] > half + 0.03
              else "{:.2f} half-way already: more --steps would not help").format(half)
-    verdict = proxy_stage.say("the rater is {}following its signal", follows[-1], 0, 0.3,
-                              "more warm-up or more trusted pairs would help")
+    verdict = s1.say("the rater is {}following its signal", follows[-1], 0, 0.3,
+                     "more warm-up or more trusted pairs would help")
     return f"{verdict}; {trend}"
 
 
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = proxy_stage.options(
+    parser = s1.options(
         __doc__, batch_size=(64, "training pairs, and as many validation pairs, all processes"),
         group_size=(32, "pairs under one softmax; W_batch ranks the groups of a batch"),
         steps=(400, "meta steps"), lr=(1e-3, "of theta, theta_hat and mu"),
         tau=(1.0, "weight of the entropy term (added)"))
     parser.add_argument("--signal", choices=["difference", "loss"], default="difference",
                         help="eq. 6, or eq. 9 as in the released code")
-    return proxy_stage.parse(parser, argv, steps=12, batch_size=16, group_size=8)
+    return s1.parse(parser, argv, steps=12, batch_size=16, group_size=8)
 
 
 def suffix(signal):
@@ -273,40 +273,40 @@ def suffix(signal):
 
 
 def main(args, device):
-    if args.group_size < 2 or args.batch_size % (args.group_size * proxy_stage.world()):
+    if args.group_size < 2 or args.batch_size % (args.group_size * s1.world()):
         raise SystemExit(f"--batch-size {args.batch_size} must be a multiple of --group-size "
-                         f"{args.group_size}, 2 or more, times {proxy_stage.world()} processes")
+                         f"{args.group_size}, 2 or more, times {s1.world()} processes")
     if args.batch_size == args.group_size:
-        proxy_stage.print0("one group a batch: nothing to rank it against, so W_batch learns "
-                           "nothing; raise --batch-size or lower --group-size")
-    settings, snapshots = proxy_stage.load_proxy(args.out)
-    pairs, val, _ = proxy_stage.load_data(settings, device)
+        s1.print0("one group a batch: nothing to rank it against, so W_batch learns "
+                  "nothing; raise --batch-size or lower --group-size")
+    settings, snapshots = s1.load_proxy(args.out)
+    pairs, val, _ = s1.load_data(settings, device)
     if min(len(pairs), len(val)) < args.batch_size:
         raise SystemExit(f"{len(pairs)} training and {len(val)} validation pairs do not both fill "
                          f"--batch-size {args.batch_size}: lower it or add pairs")
-    pairs = proxy_stage.keep_decoded(pairs, args.out)
-    nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
+    pairs = s1.keep_decoded(pairs, args.out)
+    nets = {name: s1.build_proxy(settings, device) for name in ("proxy", "ref")}
     for net in nets.values():
         net.load_state_dict(snapshots[settings.steps])     # theta <- theta_hat, after eq. 4
     nets["rater"] = Rater(settings.size, settings.patch, settings.words).to(device)
 
     (_, probe), = pairs.parts([np.arange(min(PROBE, len(pairs)))])
     file = Path(args.out) / f"rater{suffix(args.signal)}"
-    proxy_digest = proxy_stage.digest(Path(args.out) / "proxy.pt")
-    progress = proxy_stage.Progress(f"{file}.progress", "02_meta_rater.py",
-                                    {**vars(args), "proxy.pt": proxy_digest}, args.save_every)
+    proxy_digest = s1.digest(Path(args.out) / "proxy.pt")
+    progress = s1.Progress(f"{file}.progress", "02_meta_rater.py",
+                           {**vars(args), "proxy.pt": proxy_digest}, args.save_every)
     progress.expect(args.steps, args.batch_size)
     learn(nets, pairs, val, args, probe.batch(np.arange(len(probe))), progress)
     rows = [[k, *row] for k, row in enumerate(progress.log, 1)]
-    proxy_stage.save(f"{file}.pt", "02_meta_rater.py", settings=vars(args), proxy=proxy_digest,
-                     weights={name: net.state_dict() for name, net in nets.items()})
-    proxy_stage.write_csv(f"{file}.csv", COLUMNS, rows)
+    s1.save(f"{file}.pt", "02_meta_rater.py", settings=vars(args), proxy=proxy_digest,
+            weights={name: net.state_dict() for name, net in nets.items()})
+    s1.write_csv(f"{file}.csv", COLUMNS, rows)
     seen = progress.kept["seen"]
-    proxy_stage.print0(judge_following([follows for *_, follows in seen]))
+    s1.print0(judge_following([follows for *_, follows in seen]))
     draw_figure(f"{file}.png", rows, seen, np.array(probe.strata))
     progress.finish()
-    proxy_stage.print0(f"wrote {file}.pt, .csv, .png: {args.steps} meta steps in "
-                       f"{progress.seconds:.0f} s")
+    s1.print0(f"wrote {file}.pt, .csv, .png: {args.steps} meta steps in "
+              f"{progress.seconds:.0f} s")
 
 
 def draw_figure(path, rows, seen, strata):
@@ -319,11 +319,11 @@ def draw_figure(path, rows, seen, strata):
     for stratum, style in zip(sorted(set(strata)), itertools.cycle(["-.", ":", "-", "--"])):
         chosen = logits[:, strata == stratum]
         low, middle, high = np.percentile(chosen, (25, 50, 75), axis=1)
-        colour = proxy_stage.STRATUM_COLOURS.get(stratum, "black")
+        colour = s1.STRATUM_COLOURS.get(stratum, "black")
         left.plot(steps, middle, style, color=colour, label=stratum or unnamed)
         left.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     left.set(xlabel="meta step", ylabel="logit, centred (median, quartiles)")
-    proxy_stage.legend_above(left)
+    s1.legend_above(left)
     table = np.array(rows)                                                    # (steps, 9)
     window = min(25, len(table))
     for column, style in (("ess", "-"), ("W_batch", "--"), ("logit_std", ":")):
@@ -331,9 +331,9 @@ def draw_figure(path, rows, seen, strata):
         right.plot(table[window - 1:, 0], smooth, style, color="black", label=column)
     right.plot(steps, follows, "o-", color="#0072B2", markersize=3, label="follows its signal")
     right.set(xlabel="meta step", ylim=(0, None))
-    proxy_stage.legend_above(right)
-    proxy_stage.save_figure(figure, path)
+    s1.legend_above(right)
+    s1.save_figure(figure, path)
 
 
 if __name__ == "__main__":
-    proxy_stage.launch(main, parse_args())
+    s1.launch(main, parse_args())

@@ -47,8 +47,8 @@ from matplotlib import pyplot as plt
 from torchvision.transforms import functional as image_ops
 
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
-proxy_stage = importlib.import_module("01_proxy")
-rater_stage = importlib.import_module("02_meta_rater")
+s1 = importlib.import_module("01_proxy")
+s2 = importlib.import_module("02_meta_rater")
 
 CHUNK = 512                # corpus rows that share a stream of random numbers, scored at a time
 GROUPS = 16                # random groups that every pair is tried in
@@ -81,10 +81,10 @@ def baselines(proxy, ref, x, c, rng):
     drawn = torch.empty(CHUNK, *x.shape[1:], device=x.device)
     sums = torch.zeros(len(x), 3, device=x.device)
     for _ in range(DRAWS):
-        t = torch.randn(CHUNK, generator=rng, device=x.device) + proxy_stage.T_SHIFT
+        t = torch.randn(CHUNK, generator=rng, device=x.device) + s1.T_SHIFT
         noise = t.sigmoid()[:len(x)], drawn.normal_(generator=rng)[:len(x)]   # same for all three
-        L_theta, L_hat = (proxy_stage.flow_loss(net, x, c, *noise) for net in (proxy, ref))
-        L_empty = proxy_stage.flow_loss(ref, x, 0 * c, *noise)                # no caption
+        L_theta, L_hat = (s1.flow_loss(net, x, c, *noise) for net in (proxy, ref))
+        L_empty = s1.flow_loss(ref, x, 0 * c, *noise)                # no caption
         sums += torch.stack([L_hat, L_theta - L_hat, L_empty - L_hat], 1) / DRAWS
     return sums.unbind(1)
 
@@ -128,7 +128,7 @@ def score_chunk(nets, part, companions, chunk, seed, with_baselines=False):
     group = group_rating(nets["rater"], f, companions)                        # (B,)
     columns = [instance, group, instance + group.log()]    # log W_i, but for eq. 7's normaliser
     if with_baselines:
-        rng = proxy_stage.seeded(x.device, seed, "score", chunk)
+        rng = s1.seeded(x.device, seed, "score", chunk)
         cosine = (nets["contrast"].embed_images(x)[1] * nets["contrast"].embed_tokens(c)).sum(1)
         columns += [*baselines(nets["proxy"], nets["ref"], x, c, rng), cosine,
                     *heuristics(x).unbind(1)]
@@ -163,11 +163,11 @@ def score(nets, group_size, pairs, path, seed, progress, with_baselines=False):
     progress.attach()
     progress.expect(-(-len(pairs) // CHUNK), CHUNK)
     companions = draw_companions(nets["rater"], group_size, pairs, seed)      # (R, G - 1, D)
-    starts = range(progress.step * CHUNK, len(pairs), CHUNK * proxy_stage.world())
+    starts = range(progress.step * CHUNK, len(pairs), CHUNK * s1.world())
     chunks = (np.arange(start, min(start + CHUNK, len(pairs)))
-              for start in (first + proxy_stage.rank() * CHUNK for first in starts))
+              for start in (first + s1.rank() * CHUNK for first in starts))
     with (open(path, "r+" if progress.step else "w", newline="", encoding="utf-8")
-          if proxy_stage.rank() == 0 else tempfile.TemporaryFile("w")) as file:
+          if s1.rank() == 0 else tempfile.TemporaryFile("w")) as file:
         file.seek(progress.kept.get("bytes", 0))           # what came after the last save is redone
         file.truncate()
         writer = csv.writer(file)
@@ -175,15 +175,15 @@ def score(nets, group_size, pairs, path, seed, progress, with_baselines=False):
         for rows, part in pairs.parts(chunks, shared=True):
             lines = []
             if len(part):
-                chunk = progress.step + proxy_stage.rank()
+                chunk = progress.step + s1.rank()
                 numbers = score_chunk(nets, part, companions, chunk, seed, with_baselines)
                 lines = [(key, *(f"{v:.6g}" for v in row), stratum) for key, row, stratum in
                          zip(part.keys, numbers.tolist(), part.strata)]
-            writer.writerows(proxy_stage.gather_lists(lines))
+            writer.writerows(s1.gather_lists(lines))
             file.flush()
             progress.kept["bytes"] = file.tell()
             progress.advance(torch.tensor([len(lines)], device=companions.device),
-                             before_save=lambda: os.fsync(file.fileno()), by=proxy_stage.world())
+                             before_save=lambda: os.fsync(file.fileno()), by=s1.world())
 
 
 def reopen(path, progress):
@@ -202,11 +202,11 @@ def write_record(stem, **facts):
         place = next(csv.reader(lines)).index("rating")
         ratings = np.loadtxt(lines, np.float32, usecols=place, delimiter=",", quotechar='"',
                              comments=None, ndmin=1)       # six digits: nothing is lost
-    with proxy_stage.atomic_file(f"{stem}.npy", "wb") as file:
+    with s1.atomic_file(f"{stem}.npy", "wb") as file:
         np.save(file, ratings)
     files = [f"{stem}.csv", f"{stem}.npy"]
-    with proxy_stage.atomic_file(f"{stem}.json") as file:
-        json.dump({**facts, "files": {Path(name).name: proxy_stage.digest(name)
+    with s1.atomic_file(f"{stem}.json") as file:
+        json.dump({**facts, "files": {Path(name).name: s1.digest(name)
                                       for name in files}}, file, indent=1)
 
 
@@ -241,7 +241,7 @@ class Contrast(nn.Module):
         self.image = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(4), nn.Flatten(),
                                    nn.Linear(16 * widths[-1], 64))
         self.image_head = nn.Sequential(nn.GELU(), nn.Linear(64, 32))
-        self.word = nn.Embedding(proxy_stage.VOCABULARY, 64, padding_idx=0)
+        self.word = nn.Embedding(s1.VOCABULARY, 64, padding_idx=0)
         self.text = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32))
         self.scale = nn.Parameter(torch.tensor(2.0))
 
@@ -256,7 +256,7 @@ class Contrast(nn.Module):
 
     def embed_captions(self, captions):
         """Unit vectors (B, 32) of a list of captions."""
-        tokens = proxy_stage.tokenize(captions, self.words)
+        tokens = s1.tokenize(captions, self.words)
         return self.embed_tokens(tokens.to(self.scale.device))
 
 
@@ -274,11 +274,11 @@ def train_contrast(pairs, steps, seed, batch_size=128):
     device, batch_size = pairs.device, min(batch_size, len(pairs))
     torch.manual_seed(seed)
     net = Contrast(pairs.images.shape[-1], pairs.tokens.shape[1]).to(device)
-    opt = proxy_stage.adamw(net, 2e-3)
+    opt = s1.adamw(net, 2e-3)
     for k in range(steps):
         opt.param_groups[0]["lr"] = 2e-3 * (1 - k / steps)
-        rng = proxy_stage.seeded(device, seed, "contrast", k)
-        x, c = pairs.batch(proxy_stage.batch_rows(len(pairs), batch_size, k, seed))
+        rng = s1.seeded(device, seed, "contrast", k)
+        x, c = pairs.batch(s1.batch_rows(len(pairs), batch_size, k, seed))
         same = (c[:, None] == c[None]).all(2).float()                         # (B, B)
         cosines = net.embed_images(degrade(x, rng))[1] @ net.embed_tokens(c).T  # (B, B)
         logits, right = net.scale.exp() * cosines, same / same.sum(1, keepdim=True)
@@ -299,7 +299,7 @@ def auc(high, low):
 
 def areas(strata, column):
     """{kind of dirt: AUC of the pairs that are no known dirt above it}."""
-    dirt = [name for name in proxy_stage.STRATUM_COLOURS if name != "informative"]
+    dirt = [name for name in s1.STRATUM_COLOURS if name != "informative"]
     good = column[~np.isin(strata, dirt)]
     return {name: auc(good, column[strata == name]) for name in dirt
             if name in strata and len(good)}
@@ -309,13 +309,13 @@ def report(strata, column, name):
     """One line: how far a column ranks the other pairs above every kind of dirt (AUC)."""
     words = [f"{stratum} {area:.3f}" for stratum, area in areas(strata, column).items()]
     if words:
-        proxy_stage.print0(f"AUC over ({name}): " + ", ".join(words))
+        s1.print0(f"AUC over ({name}): " + ", ".join(words))
 
 
 def judge_rating(strata, rating, trusted):
     """Added: what the rating finds, in words: a line for the trusted pairs (their ratings, (K,))
     and one for every kind of dirt that is known."""
-    print0, say = proxy_stage.print0, proxy_stage.say
+    print0, say = s1.print0, s1.say
     print0(say("trusted pairs are {}rated above the corpus", auc(trusted, rating), 0.5, 0.6,
                "either the rating does not know what was asked for, or the corpus is as good as "
                "they are: 01_proxy.py --plant tells which"))
@@ -328,27 +328,27 @@ def judge_rating(strata, rating, trusted):
 
 def print_bands(strata, percentile):
     """The composition of every percentile band, as a Markdown table."""
-    names = [name for name in proxy_stage.STRATUM_COLOURS if name in set(strata)]
+    names = [name for name in s1.STRATUM_COLOURS if name in set(strata)]
     if not names:
         return
-    proxy_stage.print0("\n| percentile | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1)
-                       + "|")
+    s1.print0("\n| percentile | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1)
+              + "|")
     for low in range(0, 100, 100 // BANDS):
         chosen = strata[(percentile >= low) & (percentile < low + 100 // BANDS)]
         shares = " | ".join(f"{np.mean(chosen == name):.0%}" for name in names)
-        proxy_stage.print0(f"| {low}-{low + 100 // BANDS} | {shares} |")
+        s1.print0(f"| {low}-{low + 100 // BANDS} | {shares} |")
 
 
 def probe_dynamics(proxy, pairs, rows, draws, seed):
     """Mean loss and gradient norm of `draws` batches from the corpus rows of one band."""
     values = []
     for k in range(draws):
-        rng = proxy_stage.seeded(pairs.device, seed, "dynamics", k)
+        rng = s1.seeded(pairs.device, seed, "dynamics", k)
         picked = np.random.default_rng([seed, k]).choice(rows, min(32, len(rows)), replace=False)
         x, c = pairs.batch(picked)
         t = torch.randn(len(x), generator=rng, device=x.device).sigmoid()
         eps = torch.randn(x.shape, generator=rng, device=x.device)
-        loss = proxy_stage.flow_loss(proxy, x, c, t, eps).mean()
+        loss = s1.flow_loss(proxy, x, c, t, eps).mean()
         grads = torch.autograd.grad(loss, list(proxy.parameters()))
         values.append((loss.item(), torch.cat([g.flatten() for g in grads]).norm().item()))
     return np.mean(values, 0)
@@ -357,11 +357,11 @@ def probe_dynamics(proxy, pairs, rows, draws, seed):
 # ---- figures ---------------------------------------------------------------------------------
 def draw_histogram(path, rating, percentile, strata, trusted):
     """Ratings by stratum, with those of trusted pairs as a line, and what stands where."""
-    names = [name for name in proxy_stage.STRATUM_COLOURS if name in set(strata)]
+    names = [name for name in s1.STRATUM_COLOURS if name in set(strata)]
     rest = ~np.isin(strata, names)
     groups = [(name, strata == name) for name in names] + [
         ("other pairs" if names else "all pairs", rest)] * bool(rest.any())
-    colours = [proxy_stage.STRATUM_COLOURS.get(name, "black") for name, _ in groups]
+    colours = [s1.STRATUM_COLOURS.get(name, "black") for name, _ in groups]
     hatches = ["//" if name.startswith("chaotic") else "" for name, _ in groups]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
     for axis, values, bins, label in (
@@ -372,8 +372,8 @@ def draw_histogram(path, rating, percentile, strata, trusted):
         axis.set(xlabel=label, ylabel="pairs")
     left.hist(trusted, bins=60, range=left.get_xlim(), histtype="step", color="black",
               weights=np.full(len(trusted), len(rating) / len(trusted)), label="trusted, scaled")
-    proxy_stage.legend_above(left)
-    proxy_stage.save_figure(figure, path)
+    s1.legend_above(left)
+    s1.save_figure(figure, path)
 
 
 def draw_bands(path, pairs, corpus_rows, percentile, seed):
@@ -383,11 +383,11 @@ def draw_bands(path, pairs, corpus_rows, percentile, seed):
         inside = np.flatnonzero((percentile * BANDS // 100).astype(int) == band)
         five = np.random.default_rng([seed, band]).choice(inside, 5, replace=len(inside) < 5)
         (_, part), = pairs.parts([corpus_rows[five]])
-        proxy_stage.show_pictures(column, part.batch(np.arange(len(part)))[0], part.captions, 13)
+        s1.show_pictures(column, part.batch(np.arange(len(part)))[0], part.captions, 13)
         column[0].text(0.5, 1.95, f"{band * 100 // BANDS}-{(band + 1) * 100 // BANDS} %",
                        ha="center", fontsize=10, transform=column[0].transAxes)
     figure.subplots_adjust(wspace=0.08, hspace=0.55)
-    proxy_stage.save_figure(figure, path)
+    s1.save_figure(figure, path)
 
 
 def draw_dynamics(path, settings, snapshots, pairs, corpus_rows, percentile, draws):
@@ -396,7 +396,7 @@ def draw_dynamics(path, settings, snapshots, pairs, corpus_rows, percentile, dra
     bands = [corpus_rows[(percentile * BANDS // 100).astype(int) == k] for k in range(BANDS)]
     middles = (np.arange(BANDS) + 0.5) * 100 / BANDS
     for k, (step, weights) in enumerate(sorted(snapshots.items())):
-        proxy = proxy_stage.build_proxy(settings, pairs.device)
+        proxy = s1.build_proxy(settings, pairs.device)
         proxy.load_state_dict(weights)
         table = np.array([probe_dynamics(proxy, pairs, rows, draws, settings.seed)
                           for rows in bands])                                 # (BANDS, 2)
@@ -405,13 +405,13 @@ def draw_dynamics(path, settings, snapshots, pairs, corpus_rows, percentile, dra
                       label=f"step {step}", markersize=4)
     for axis, label in zip(axes, ("loss", "gradient norm of 32 pairs")):
         axis.set(xlabel="percentile (0 = highest rating)", ylabel=label, ylim=(0, None))
-        proxy_stage.legend_above(axis)
-    proxy_stage.save_figure(figure, path)
+        s1.legend_above(axis)
+    s1.save_figure(figure, path)
 
 
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = proxy_stage.options(
+    parser = s1.options(
         __doc__, data=(None, "pairs to rate instead of the training pairs, same layouts"))
     parser.add_argument("--signal", choices=["difference", "loss"], default="difference",
                         help="which rater of stage 2")
@@ -421,13 +421,13 @@ def parse_args(argv=None):
 
 def load_nets(args, settings, device):
     """{proxy, ref, rater} as stage 2 left them, and its group size."""
-    file = Path(args.out) / f"rater{rater_stage.suffix(args.signal)}.pt"
-    saved = proxy_stage.load(file, f"02_meta_rater.py --signal {args.signal}")
-    if saved["proxy"] != proxy_stage.digest(Path(args.out) / "proxy.pt"):
+    file = Path(args.out) / f"rater{s2.suffix(args.signal)}.pt"
+    saved = s1.load(file, f"02_meta_rater.py --signal {args.signal}")
+    if saved["proxy"] != s1.digest(Path(args.out) / "proxy.pt"):
         raise SystemExit(f"{file} grew from another {args.out}/proxy.pt: run 02_meta_rater.py "
                          f"--signal {args.signal} again")
-    nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
-    nets["rater"] = rater_stage.Rater(settings.size, settings.patch, settings.words).to(device)
+    nets = {name: s1.build_proxy(settings, device) for name in ("proxy", "ref")}
+    nets["rater"] = s2.Rater(settings.size, settings.patch, settings.words).to(device)
     for name, net in nets.items():
         net.load_state_dict(saved["weights"][name])
     return nets, saved["settings"]["group_size"]
@@ -440,25 +440,25 @@ def name_data(data):
 
 
 def main(args, device):
-    settings, snapshots = proxy_stage.load_proxy(args.out)
+    settings, snapshots = s1.load_proxy(args.out)
     nets, group_size = load_nets(args, settings, device)
-    pairs, val, test = proxy_stage.load_data(settings, device)
+    pairs, val, test = s1.load_data(settings, device)
     if args.data:
-        pairs = proxy_stage.keep_resident(proxy_stage.open_pairs(
-            args.data, settings.size, settings.words, args.out), proxy_stage.RESIDENT).to(device)
+        pairs = s1.keep_resident(s1.open_pairs(
+            args.data, settings.size, settings.words, args.out), s1.RESIDENT).to(device)
     if args.baselines:                                     # stage 5's judge has other pairs
         nets["contrast"] = train_contrast(val, 20 if args.smoke else CONTRAST_STEPS, args.seed + 1)
-    suffix = rater_stage.suffix(args.signal)
+    suffix = s2.suffix(args.signal)
     stem = Path(args.out) / f"ratings{suffix}{name_data(args.data)}"
-    made_from = {name: proxy_stage.digest(Path(args.out) / name)
+    made_from = {name: s1.digest(Path(args.out) / name)
                  for name in ("proxy.pt", f"rater{suffix}.pt")}
-    progress = proxy_stage.Progress(f"{stem}.progress", "03_score.py", {
+    progress = s1.Progress(f"{stem}.progress", "03_score.py", {
         **vars(args), "pairs": zlib.crc32(pairs.hashes().tobytes()), **made_from}, args.save_every)
-    if proxy_stage.rank() == 0:
+    if s1.rank() == 0:
         reopen(Path(f"{stem}.csv"), progress)
     score(nets, group_size, pairs, f"{stem}.csv.part", args.seed, progress, args.baselines)
     progress.save()
-    if proxy_stage.rank():
+    if s1.rank():
         return
     os.replace(f"{stem}.csv.part", f"{stem}.csv")
     command = f"03_score.py --signal {args.signal}" + (f" --data {args.data}" if args.data else "")
@@ -466,7 +466,7 @@ def main(args, device):
                  data=args.data and os.path.abspath(args.data))
     table = read_table(f"{stem}.csv")
     rating, strata = table["rating"], table["stratum"]
-    percentile, rows = percentiles(rating), proxy_stage.find_rows(pairs, table["key"])
+    percentile, rows = percentiles(rating), s1.find_rows(pairs, table["key"])
     trusted = rate(nets["rater"], group_size, pairs, test, args.seed)
     judge_rating(strata, rating, trusted)
     report(strata, rating, "rating")
@@ -484,4 +484,4 @@ def main(args, device):
 
 
 if __name__ == "__main__":
-    proxy_stage.launch(main, parse_args())
+    s1.launch(main, parse_args())

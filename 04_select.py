@@ -298,15 +298,15 @@ def write_shards(folder, out, data, keys, rows, per_shard=10000):
     Members keep their bytes and keys. rows (n,) are used where keys is None (ratings in a .npy).
     """
     sys.path.insert(0, str(Path(__file__).parent))         # PYTHONSAFEPATH leaves it out
-    proxy_stage = importlib.import_module("01_proxy")      # only here: brings torch with it
-    settings, _ = proxy_stage.load_proxy(out)
+    s1 = importlib.import_module("01_proxy")      # only here: brings torch with it
+    settings, _ = s1.load_proxy(out)
     data = data or settings.data
     if data == "toy":
         raise SystemExit("--write-shards copies real pairs; the toy pairs are drawn anew each time")
-    pairs = proxy_stage.open_pairs(data, settings.size, settings.words, out)
+    pairs = s1.open_pairs(data, settings.size, settings.words, out)
     if data == settings.data:
-        proxy_stage.compare_corpus(settings, data=pairs)
-    rows = rows if keys is None else proxy_stage.find_rows(pairs, keys)
+        s1.compare_corpus(settings, data=pairs)
+    rows = rows if keys is None else s1.find_rows(pairs, keys)
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(pairs):
         raise SystemExit(f"{data} does not hold all selected pairs: the ratings are of "
                          "other data")
@@ -322,13 +322,13 @@ def write_shards(folder, out, data, keys, rows, per_shard=10000):
 
 def write_shard(file, pairs):
     """One tar of all these pairs; returns their number."""
-    proxy_stage = importlib.import_module("01_proxy")
-    with (proxy_stage.atomic_file(file, "wb") as whole,
+    s1 = importlib.import_module("01_proxy")
+    with (s1.atomic_file(file, "wb") as whole,
           tarfile.open(fileobj=whole, mode="w") as tar):
         for row in range(len(pairs)):
             key, files = pairs.read(row)
             for kind, data in files.items():
-                member = tarfile.TarInfo(proxy_stage.to_name(key) + kind)
+                member = tarfile.TarInfo(s1.to_name(key) + kind)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     return len(pairs)

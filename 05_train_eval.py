@@ -54,9 +54,9 @@ from torchvision.models import inception_v3
 from torchvision.transforms import InterpolationMode, functional as image_ops
 
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
-proxy_stage = importlib.import_module("01_proxy")
-score_stage = importlib.import_module("03_score")
-select_stage = importlib.import_module("04_select")
+s1 = importlib.import_module("01_proxy")
+s3 = importlib.import_module("03_score")
+s4 = importlib.import_module("04_select")
 
 DECAY = 0.4                # share of the steps in which the learning rate falls to zero
 DRAWN = 512                # images drawn per arm for the distance, the score and the match
@@ -101,7 +101,7 @@ ARMS = {                   # --arms: the default, and the paper's tables and fig
              *(ruled(signal, rule, keep) for signal in (EQ6, EQ9) for keep in (0.5, 0.2)
                for rule in RULES),                         # and rankings that need no rater
              *(Arm(f"{name}, Top-K 50%", EQ6[1], "topk", 0.5, rank_by=name)
-               for name in (*score_stage.BASELINES, "rating,gain", "rating,contrast"))],
+               for name in (*s3.BASELINES, "rating,gain", "rating,contrast"))],
     "group": [FULL, HALF,                                  # Table 4: without the Group MLP
               *(ruled(signal, rule, 0.5, rank_by, note)
                 for signal, rule in ((EQ6, "Top-K"), (EQ6, "Gsample"), (EQ9, "Shift-Gsample"))
@@ -113,7 +113,7 @@ ARMS = {                   # --arms: the default, and the paper's tables and fig
 
 
 read_once, check_once = map(functools.cache, (             # of each file, for all arms and seeds
-    select_stage.read_ratings, select_stage.read_record))
+    s4.read_ratings, s4.read_record))
 
 
 def find_file(arm, out):
@@ -126,16 +126,16 @@ def choose_rows(arm, pairs, out, seed):
     path = find_file(arm, out)
     if not path:
         return (np.arange(len(pairs)) if arm.keep == 1 else
-                select_stage.select(np.zeros(len(pairs)), "random", arm.keep, seed=seed)[0])
-    check_once(path, out, proxy_stage.print0)
-    if select_stage.is_array(path):
-        return select_stage.read_rows(path, len(pairs))
-    hashes, rating = read_once(path, "key" if arm.file else arm.rank_by, proxy_stage.hash_key)
-    lines = np.arange(len(hashes)) if arm.file else select_stage.select(
+                s4.select(np.zeros(len(pairs)), "random", arm.keep, seed=seed)[0])
+    check_once(path, out, s1.print0)
+    if s4.is_array(path):
+        return s4.read_rows(path, len(pairs))
+    hashes, rating = read_once(path, "key" if arm.file else arm.rank_by, s1.hash_key)
+    lines = np.arange(len(hashes)) if arm.file else s4.select(
         rating, arm.method, arm.keep, seed=seed, **arm.settings)[0]
-    rows = proxy_stage.find_rows(pairs, hashes[lines])
+    rows = s1.find_rows(pairs, hashes[lines])
     if (rows < 0).any():
-        key, _ = next(select_stage.read_keys(path, lines[[rows.argmin()]]))
+        key, _ = next(s4.read_keys(path, lines[[rows.argmin()]]))
         raise SystemExit(f"{path}: key {key} is not among the training pairs of proxy.pt")
     return rows
 
@@ -160,8 +160,8 @@ def list_arms(args, pairs):
         if not file or set(arm.rank_by.split(",")) <= set(header.strip().split(",")):
             found.append(arm)
         else:
-            proxy_stage.print0(f"{arm.name} is left out: {file} has no column {arm.rank_by} (run "
-                               "03_score.py, for rankings without a rater with --baselines)")
+            s1.print0(f"{arm.name} is left out: {file} has no column {arm.rank_by} (run "
+                      "03_score.py, for rankings without a rater with --baselines)")
     return found
 
 
@@ -174,12 +174,12 @@ def count_steps(arms, args, settings, pairs):
     steps = [args.epochs * (size // args.batch_size) for size in sizes]       # eq. 1: same epochs
     began = time.monotonic()
     with torch.random.fork_rng(devices=[]):                # what follows draws as if this were not
-        proxy_stage.train(proxy_stage.build_proxy(settings, pairs.device), pairs, 4,
-                          args.batch_size, args.lr, args.seed)
+        s1.train(s1.build_proxy(settings, pairs.device), pairs, 4,
+                 args.batch_size, args.lr, args.seed)
     minutes = (time.monotonic() - began) / 4 * args.seeds * sum(steps) / 60
-    proxy_stage.print0(f"{args.seeds * len(arms)} models, {args.seeds * sum(steps):,} steps in "
-                       f"all, about {minutes:.0f} minutes of training; fewer --seeds or --epochs, "
-                       "or some --selected files instead of --arms, make it less")
+    s1.print0(f"{args.seeds * len(arms)} models, {args.seeds * sum(steps):,} steps in "
+              f"all, about {minutes:.0f} minutes of training; fewer --seeds or --epochs, "
+              "or some --selected files instead of --arms, make it less")
     return dict(zip((arm.name for arm in arms), steps))
 
 
@@ -217,16 +217,16 @@ def judge_images(judge, images, captions, reference):
 @torch.no_grad()
 def evaluate(net, test, judge, reference, seed):
     """The four numbers of one trained model, and the images it drew (DRAWN, 3, H, W)."""
-    n = min(DRAWN, len(test)) // proxy_stage.world() * proxy_stage.world()
+    n = min(DRAWN, len(test)) // s1.world() * s1.world()
     x, c = test.batch(np.arange(n))
-    rng = proxy_stage.seeded(x.device, seed, "evaluate")
+    rng = s1.seeded(x.device, seed, "evaluate")
     eps = torch.randn(x.shape, generator=rng, device=x.device)
     t = (torch.arange(n, device=x.device) + 0.5) / n                          # every level once
-    losses = [proxy_stage.flow_loss(net, *part)
+    losses = [s1.flow_loss(net, *part)
               for part in zip(*(v.split(PART) for v in (x, c, t, eps)))]
-    images = [proxy_stage.sample(net, *part) for part in zip(
-        *(proxy_stage.mine(v).split(PART) for v in (c, eps)))]
-    images = proxy_stage.gather(torch.cat(images))
+    images = [s1.sample(net, *part) for part in zip(
+        *(s1.mine(v).split(PART) for v in (c, eps)))]
+    images = s1.gather(torch.cat(images))
     numbers = judge_images(judge, images, test.captions[:n], reference)
     return {"held-out": torch.cat(losses).mean().item(), **numbers}, images
 
@@ -236,15 +236,15 @@ def run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress):
     """Train on the arm's pairs from scratch and evaluate. Returns the result row and images."""
     rows = choose_rows(arm, pairs, args.out, seed)
     torch.manual_seed(seed)                                # all arms start from the same weights
-    net = proxy_stage.build_proxy(settings, pairs.device)
-    chosen = proxy_stage.keep_resident(pairs.take(rows), proxy_stage.RESIDENT).to(pairs.device)
+    net = s1.build_proxy(settings, pairs.device)
+    chosen = s1.keep_resident(pairs.take(rows), s1.RESIDENT).to(pairs.device)
     steps = args.epochs * (len(rows) // args.batch_size)                      # eq. 1: same epochs
-    proxy_stage.train(net, chosen, steps, args.batch_size, args.lr, seed, decay=DECAY,
-                      progress=progress)
+    s1.train(net, chosen, steps, args.batch_size, args.lr, seed, decay=DECAY,
+             progress=progress)
     seconds = progress.seconds
     numbers, images = evaluate(net, test, judge, reference, args.seed)
     shares = {name: float(np.mean(np.array(pairs.strata)[rows] == name))
-              for name in proxy_stage.STRATUM_COLOURS if name in pairs.strata}
+              for name in s1.STRATUM_COLOURS if name in pairs.strata}
     return {"arm": arm.name, "seed": seed, "pairs": len(rows), "steps": steps,
             "seconds": seconds, **numbers, **shares}, images
 
@@ -258,9 +258,9 @@ def run_all(arms, steps, args, settings, pairs, test, judge, reference):
     """Every arm under every seed; out/results.csv grows with each. Returns rows and samples."""
     weights = [getattr(args, what) for what in WEIGHTS if args.metrics == "standard"]
     inputs = [Path(args.out) / "proxy.pt", *(find_file(arm, args.out) for arm in arms), *weights]
-    state = {str(file): proxy_stage.digest(file) for file in inputs if file}
-    progress = proxy_stage.Progress(f"{name_results(args)}.progress", "05_train_eval.py",
-                                    {**vars(args), **state}, args.save_every)
+    state = {str(file): s1.digest(file) for file in inputs if file}
+    progress = s1.Progress(f"{name_results(args)}.progress", "05_train_eval.py",
+                           {**vars(args), **state}, args.save_every)
     results = progress.kept.setdefault("results", [])
     samples = progress.kept.setdefault("samples", {})      # {arm: (8, 3, H, W)}
     work = [(seed, arm) for seed in range(args.seed, args.seed + args.seeds) for arm in arms]
@@ -269,9 +269,9 @@ def run_all(arms, steps, args, settings, pairs, test, judge, reference):
         result, images = run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress)
         results.append(result)
         samples.setdefault(arm.name, images[:8].cpu())
-        proxy_stage.print0(f"seed {seed}  {arm.name:30} " + "  ".join(
+        s1.print0(f"seed {seed}  {arm.name:30} " + "  ".join(
             f"{name} {result[name]:.3f}" for name in METRICS) + f"  {result['seconds']:.0f} s")
-        proxy_stage.write_csv(f"{name_results(args)}.csv", list(result), [
+        s1.write_csv(f"{name_results(args)}.csv", list(result), [
             [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in results])
         progress.begin_next()
     return results, samples, progress
@@ -306,7 +306,7 @@ def tabulate(results, arms, floor):
     """Two Markdown tables: means, and paired differences with full and random."""
     values = {arm.name: {name: np.array([row[name] for row in results if row["arm"] == arm.name])
                          for name in results[0] if name != "arm"} for arm in arms}
-    strata = [name for name in results[0] if name in proxy_stage.STRATUM_COLOURS]
+    strata = [name for name in results[0] if name in s1.STRATUM_COLOURS]
     seeds = len(results) // len(arms)
     lines = [f"Mean and 95 % interval over {seeds} paired seeds; {floor}", "",
              "| arm | pairs | " + " / ".join(strata) + " | seconds | " + " | ".join(METRICS) + " |",
@@ -333,7 +333,7 @@ def tabulate(results, arms, floor):
 
 def colour_of(arm):
     """Black for full data, grey for random, blue for eq. 6, orange for eq. 9, green for others."""
-    if arm.file or "," in arm.rank_by or arm.rank_by in score_stage.BASELINES:
+    if arm.file or "," in arm.rank_by or arm.rank_by in s3.BASELINES:
         return "#009E73"
     if not arm.ratings:
         return "black" if arm.keep == 1 else "0.6"
@@ -366,7 +366,7 @@ def draw_results(path, results, arms):
     axes[0].set_yticks(range(len(arms)), [arm.name for arm in arms])
     axes[0].invert_yaxis()
     figure.tight_layout()
-    proxy_stage.save_figure(figure, path)
+    s1.save_figure(figure, path)
 
 
 def draw_samples(path, samples, test):
@@ -374,15 +374,15 @@ def draw_samples(path, samples, test):
     rows = {"real": test.batch(np.arange(8))[0].cpu(), **samples}
     figure, axes = plt.subplots(len(rows), 8, figsize=(10, 1.05 * len(rows) + 0.8))
     for k, (row, (name, images)) in enumerate(zip(axes, rows.items())):
-        proxy_stage.show_pictures(row, images, test.captions[:8] if k == 0 else [""] * 8)
+        s1.show_pictures(row, images, test.captions[:8] if k == 0 else [""] * 8)
         row[0].text(-0.15, 0.5, name, ha="right", va="center", transform=row[0].transAxes)
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
-    proxy_stage.save_figure(figure, path)
+    s1.save_figure(figure, path)
 
 
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = proxy_stage.options(
+    parser = s1.options(
         __doc__, batch_size=(64, "pairs, all processes"), epochs=(16, "over every selection"),
         seeds=(3, "paired repetitions"), lr=(5e-3, "of the downstream model"))
     parser.add_argument("--arms", choices=ARMS, default="default", help="which comparison")
@@ -394,7 +394,7 @@ def parse_args(argv=None):
     parser.add_argument("--evaluate", help="only measure these images, in any layout of --data")
     parser.add_argument("--reference", help="real images, or .npz statistics, for their FID")
     parser.add_argument("--save-statistics", help=".npz for mu and sigma of --evaluate")
-    args = proxy_stage.parse(parser, argv, epochs=1, seeds=2, batch_size=16)
+    args = s1.parse(parser, argv, epochs=1, seeds=2, batch_size=16)
     if args.evaluate:
         args.batch_size = 0                                # nothing is trained
     elif args.reference or args.save_statistics:
@@ -407,35 +407,35 @@ def parse_args(argv=None):
 def main(args, device):
     if args.evaluate:
         return evaluate_files(args, device)
-    settings, _ = proxy_stage.load_proxy(args.out)
-    pairs, val, test = proxy_stage.load_data(settings, device)
+    settings, _ = s1.load_proxy(args.out)
+    pairs, val, test = s1.load_data(settings, device)
     real = [k for k, name in enumerate(pairs.strata) if not name.startswith("planted-")]
     if args.selected and len(real) < len(pairs):           # as in the selections of stage 4
-        proxy_stage.print0(f"{len(pairs) - len(real)} pairs with planted dirt are in no arm")
+        s1.print0(f"{len(pairs) - len(real)} pairs with planted dirt are in no arm")
         if any(file.lower().endswith(".npy") for file in args.selected):
             raise SystemExit("a .npy does not fit a corpus with planted dirt: use a CSV of keys")
         pairs = pairs.take(real)
     arms, stem = list_arms(args, pairs), name_results(args)
     steps = count_steps(arms, args, settings, pairs)
     judge = (StandardJudge(args, device) if args.metrics == "standard"
-             else score_stage.train_contrast(
-                 test, 20 if args.smoke else score_stage.CONTRAST_STEPS, args.seed))
+             else s3.train_contrast(
+                 test, 20 if args.smoke else s3.CONTRAST_STEPS, args.seed))
     (x, _), (other, _) = (split.batch(np.arange(min(DRAWN, len(split)))) for split in (test, val))
     reference = moments(torch.cat([judge.embed_images(part)[0] for part in x.split(PART)]))
     real = judge_images(judge, other, val.captions[:len(other)], reference)
     floor = (f"{len(other)} real images that the judge has not seen: score {real['score']:.1f}, "
              f"match {real['match']:.0f} %, distance {real['distance']:.3f}")
-    proxy_stage.print0(floor)
-    pairs = proxy_stage.keep_decoded(pairs, args.out)
+    s1.print0(floor)
+    pairs = s1.keep_decoded(pairs, args.out)
     results, samples, progress = run_all(arms, steps, args, settings, pairs, test, judge, reference)
     table = tabulate(results, arms, floor)
-    if proxy_stage.rank() == 0:
-        with proxy_stage.atomic_file(f"{stem}.md") as file:
+    if s1.rank() == 0:
+        with s1.atomic_file(f"{stem}.md") as file:
             file.write(table)
         draw_results(f"{stem}.png", results, arms)
         draw_samples(f"{stem}-samples.png", samples, test)
     progress.finish()
-    proxy_stage.print0(f"\n{table}\nwrote {stem}.csv, .md, .png and {stem}-samples.png")
+    s1.print0(f"\n{table}\nwrote {stem}.csv, .md, .png and {stem}-samples.png")
 
 
 # ---- standard metrics: FID's Inception-v3, OpenAI's CLIP -------------------------------------
@@ -738,7 +738,7 @@ class StandardJudge:
                              f"{rows} rows for them: give the vocabulary that it was trained with")
         side, patch = self.clip.visual.positional_embedding, self.clip.visual.conv1.kernel_size[0]
         self.size, self.device = math.isqrt(len(side) - 1) * patch, device
-        print0 = proxy_stage.print0
+        print0 = s1.print0
         print0(f"CLIP ViT, width {side.shape[1]}, patch {patch}, {self.size} px: score = 100 cos "
                "(other tools print 2.5 max(cos, 0)); FID with the Inception-v3 of 2015")
         if args.clip:
@@ -787,7 +787,7 @@ class Moments:
 
     def finish(self):
         """Count, mean (d,) and covariance (d, d) with N - 1."""
-        sums = proxy_stage.add_up(self.sums.clone()).numpy()
+        sums = s1.add_up(self.sums.clone()).numpy()
         n, mu = sums[0, 0], sums[0, 1:] / sums[0, 0]
         if n < 2:
             raise SystemExit(f"{n:.0f} image(s): a covariance needs at least two")
@@ -796,14 +796,14 @@ class Moments:
 
 def measure_images(judge, path, out, batch_size=50):
     """Moments of all images in `path`, and the cosines of those that have a caption."""
-    shards, skipped = proxy_stage.open_pairs(path, 0, 0, out), {}
+    shards, skipped = s1.open_pairs(path, 0, 0, out), {}
     found, cosines, batch = Moments(2048), [], []
-    for row in range(proxy_stage.rank(), len(shards) + proxy_stage.world(), proxy_stage.world()):
+    for row in range(s1.rank(), len(shards) + s1.world(), s1.world()):
         if row < len(shards):
             key, files = shards.read(row)
             try:
-                image = proxy_stage.open_image(proxy_stage.find_image(files))
-                batch.append((image_ops.pil_to_tensor(image), proxy_stage.read_caption(files)))
+                image = s1.open_image(s1.find_image(files))
+                batch.append((image_ops.pil_to_tensor(image), s1.read_caption(files)))
             except Exception:                              # decoders of broken files raise anything
                 skipped["unreadable image", key] = 1
         if batch and (len(batch) == batch_size or row >= len(shards)):
@@ -814,9 +814,9 @@ def measure_images(judge, path, out, batch_size=50):
                 text = judge.embed_captions([batch[row][1] for row in named])
                 cosines += (unit[named] * text).sum(1).tolist()
             batch = []
-    proxy_stage.print_skipped(proxy_stage.merge(skipped))
+    s1.print_skipped(s1.merge(skipped))
     sums = [found.sums[0, 0], len(cosines), sum(cosines), np.square(cosines).sum()]
-    return found, proxy_stage.add_up(torch.tensor(sums).double()).tolist()
+    return found, s1.add_up(torch.tensor(sums).double()).tolist()
 
 
 def read_statistics(path):
@@ -836,7 +836,7 @@ def read_statistics(path):
 def evaluate_files(args, device):
     """FID of --evaluate against --reference, and the CLIP score of the captioned images."""
     for path in filter(None, (args.evaluate, args.reference)):
-        proxy_stage.find_places(path)
+        s1.find_places(path)
     saved = (args.reference or "").lower().endswith(".npz") and read_statistics(args.reference)
     if args.save_statistics and not Path(args.save_statistics).absolute().parent.is_dir():
         raise SystemExit(f"--save-statistics {args.save_statistics}: there is no such folder")
@@ -845,22 +845,22 @@ def evaluate_files(args, device):
     if captioned:
         mean = total / captioned
         error = (max(squares / captioned - mean ** 2, 0) / captioned) ** 0.5
-        proxy_stage.print0(f"CLIP score {100 * mean:.3f} +- {100 * error:.3f} (standard error) "
-                           f"of {captioned:.0f} captioned images")
+        s1.print0(f"CLIP score {100 * mean:.3f} +- {100 * error:.3f} (standard error) "
+                  f"of {captioned:.0f} captioned images")
     if args.save_statistics or args.reference:
         n, mu, S = found.finish()
     else:
-        proxy_stage.print0(f"{n:.0f} images; --reference would give their FID"
-                           + ("" if captioned else ", captions beside them a CLIP score"))
-    if args.save_statistics and proxy_stage.rank() == 0:
-        with proxy_stage.atomic_file(args.save_statistics, "wb") as file:
+        s1.print0(f"{n:.0f} images; --reference would give their FID"
+                  + ("" if captioned else ", captions beside them a CLIP score"))
+    if args.save_statistics and s1.rank() == 0:
+        with s1.atomic_file(args.save_statistics, "wb") as file:
             np.savez(file, mu=mu, sigma=S, count=n)
     if args.reference:
         reference = saved or measure_images(judge, args.reference, args.out)[0].finish()[1:]
         fid = max(frechet_distance(mu, S, *reference), 0.0)
         few = " (fewer images than 2049: the bias of a small sample outweighs most differences)"
-        proxy_stage.print0(f"FID {fid:.4f} of {n} images{few if n < 2049 else ''}")
+        s1.print0(f"FID {fid:.4f} of {n} images{few if n < 2049 else ''}")
 
 
 if __name__ == "__main__":
-    proxy_stage.launch(main, parse_args())
+    s1.launch(main, parse_args())

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-proxy_stage, rater_stage, score_stage, select_stage, eval_stage = (
+s1, s2, s3, s4, s5 = (
     importlib.import_module(name) for name in (
         "01_proxy", "02_meta_rater", "03_score", "04_select", "05_train_eval"))
 from meta_gradient import SavedBytes  # noqa: E402  (needs the path above)
@@ -110,7 +110,7 @@ def own_products(net, inputs, dtype=torch.float32):
         q, p = fill(B * block.heads, S, D // block.heads), fill(B * block.heads, S, S)
         products.extend([(q, q.mT), (p, q), (p.mT, q)] * 2)
     hooks = [module.register_forward_hook(hook) for module in net.modules() for kind, hook in
-             ((nn.Linear, linear), (proxy_stage.Block, attention)) if isinstance(module, kind)]
+             ((nn.Linear, linear), (s1.Block, attention)) if isinstance(module, kind)]
     net(*inputs)
     for hook in hooks:
         hook.remove()
@@ -122,7 +122,7 @@ def own_products(net, inputs, dtype=torch.float32):
     return multiply, sum(2 * out.numel() * a.shape[-1] for (a, _), out in zip(products, outs))
 
 
-class TextbookBlock(proxy_stage.Block):
+class TextbookBlock(s1.Block):
     """The block with attention written from its equation: three projections, softmax by hand."""
 
     def __init__(self, width, heads):
@@ -148,7 +148,7 @@ def textbook(bench):
     def train():
         for k in range(STEPS):
             x, c = bench.pairs.batch(np.random.default_rng(k).integers(len(bench.pairs), size=64))
-            c = c * (torch.rand(len(c), 1, device=x.device) >= proxy_stage.CAPTION_DROPOUT)
+            c = c * (torch.rand(len(c), 1, device=x.device) >= s1.CAPTION_DROPOUT)
             t, eps = torch.randn(len(x), device=x.device).sigmoid(), torch.randn_like(x)
             along = t.view(-1, 1, 1, 1)
             loss = ((net((1 - along) * x + along * eps, t, c) - (eps - x)) ** 2).mean()
@@ -161,28 +161,28 @@ def textbook(bench):
 
 # ---- what is measured ------------------------------------------------------------------------
 def new_proxy(device, size=16, width=64, depth=3):
-    return proxy_stage.DiT(size, 4, width, depth, 8).to(device)
+    return s1.DiT(size, 4, width, depth, 8).to(device)
 
 
 def set_up(device):
     """Fresh networks of the default sizes, and toy pairs; no result depends on what they learnt."""
     torch.manual_seed(0)
-    pairs, val = (proxy_stage.draw_toy(4000, 16, 0, split).to(device) for split in ("train", "val"))
+    pairs, val = (s1.draw_toy(4000, 16, 0, split).to(device) for split in ("train", "val"))
     nets = {name: new_proxy(device) for name in ("proxy", "ref")}
-    nets["rater"] = rater_stage.Rater(16, 4, 8).to(device)
+    nets["rater"] = s2.Rater(16, 4, 8).to(device)
     batches = [split.batch(np.arange(64)) for split in (pairs, val)]
-    rng = proxy_stage.seeded(device, 0, "bench")
-    noises = [proxy_stage.draw_noise(x, rng) for x, _ in batches]
+    rng = s1.seeded(device, 0, "bench")
+    noises = [s1.draw_noise(x, rng) for x, _ in batches]
     return SimpleNamespace(device=device, pairs=pairs, nets=nets, rng=rng, batches=batches,
-                           opts={name: proxy_stage.adamw(net, 1e-3) for name, net in nets.items()},
+                           opts={name: s1.adamw(net, 1e-3) for name, net in nets.items()},
                            parts=[(*batch, *noise) for batch, noise in zip(batches, noises)],
-                           args=rater_stage.parse_args([]))
+                           args=s2.parse_args([]))
 
 
 def trainer(device, pairs, steps=STEPS, width=64):
     """A function that trains a fresh proxy for some steps of 64 pairs."""
     net = new_proxy(device, width=width)
-    return lambda: proxy_stage.train(net, pairs, steps, 64, 1e-3, 0)
+    return lambda: s1.train(net, pairs, steps, 64, 1e-3, 0)
 
 
 def proxy_rows(bench):
@@ -205,16 +205,16 @@ def proxy_rows(bench):
 def large_row(device, size=64, width=768, depth=12, batch=64, side=8192):
     """A step of a DiT-B under bf16 autocast; the ratio is 1 / model FLOP utilisation."""
     net = new_proxy(device, size, width, depth)
-    opt, half = proxy_stage.adamw(net, 1e-4), torch.bfloat16
+    opt, half = s1.adamw(net, 1e-4), torch.bfloat16
     x, t = torch.randn(batch, 3, size, size, device=device), torch.rand(batch, device=device)
-    c = torch.randint(proxy_stage.VOCABULARY, (batch, 8), device=device)
+    c = torch.randint(s1.VOCABULARY, (batch, 8), device=device)
     _, operations = own_products(net, (x, t, c), half)
     square = torch.randn(side, side, device=device, dtype=half)
 
     def step():
-        proxy_stage.Machine.bf16 = True
-        proxy_stage.descend(proxy_stage.flow_loss(net, x, c, t, x).mean(), net, opt)
-        proxy_stage.Machine.bf16 = False
+        s1.Machine.bf16 = True
+        s1.descend(s1.flow_loss(net, x, c, t, x).mean(), net, opt)
+        s1.Machine.bf16 = False
 
     def floor():
         for _ in range(round(operations / (2 * side ** 3))):
@@ -229,17 +229,17 @@ def meta_rows(bench):
     W = torch.full((64,), 1 / 64, device=bench.device)
 
     def step():
-        rater_stage.meta_step(nets, opts, *bench.batches, bench.rng, bench.args)
+        s2.meta_step(nets, opts, *bench.batches, bench.rng, bench.args)
 
     def passes():
         for name, part in (("proxy", joined), ("ref", train)):
-            loss = proxy_stage.flow_loss(nets[name], *part).mean()
-            proxy_stage.descend(loss, nets[name], opts[name])
-        weights = rater_stage.weigh(nets["rater"], *bench.batches[0], bench.args.group_size)
-        proxy_stage.descend(sum(w.square().mean() for w in weights), nets["rater"], opts["rater"])
+            loss = s1.flow_loss(nets[name], *part).mean()
+            s1.descend(loss, nets[name], opts[name])
+        weights = s2.weigh(nets["rater"], *bench.batches[0], bench.args.group_size)
+        s1.descend(sum(w.square().mean() for w in weights), nets["rater"], opts["rater"])
 
     def exact(steps):
-        return lambda: rater_stage.exact_meta_gradient(nets["ref"], train, val, W, 0.01, steps)
+        return lambda: s2.exact_meta_gradient(nets["ref"], train, val, W, 0.01, steps)
     yield Row("meta step of 02", "its passes: theta 2B, theta_hat B, rater B", step, passes, 1.15)
     for steps in (1, UNROLLED):
         yield Row(f"exact meta-gradient, K = {steps}" + kept_memory(exact(steps), step),
@@ -259,11 +259,11 @@ def forward_rows(bench):
     """Scoring, Frechet statistics and sampling, each beside the bare forward passes in it."""
     nets, part = bench.nets, bench.pairs.take(np.arange(512))
     rater, net = nets["rater"], nets["proxy"]
-    companions = score_stage.draw_companions(rater, 32, bench.pairs, 0)
+    companions = s3.draw_companions(rater, 32, bench.pairs, 0)
     x, c = part.batch(np.arange(512))
-    judge = score_stage.Contrast(16, 8).to(bench.device).requires_grad_(False)
+    judge = s3.Contrast(16, 8).to(bench.device).requires_grad_(False)
     many = bench.pairs.batch(np.arange(min(4000, len(bench.pairs))))[0]
-    reference = eval_stage.moments(judge.embed_images(x)[0])
+    reference = s5.moments(judge.embed_images(x)[0])
     eps, t = torch.randn_like(x[:128]), torch.rand(256, device=bench.device)
     both, captions = eps.repeat(2, 1, 1, 1), torch.cat([c[:128], torch.zeros_like(c[:128])])
 
@@ -279,14 +279,14 @@ def forward_rows(bench):
     def features():
         return judge.embed_images(many)[0]
     return [Row("scoring 512 pairs, 03", "bare rater forward",
-                lambda: score_stage.score_chunk(nets, part, companions, 0, 0), forward, 1 / 0.9),
+                lambda: s3.score_chunk(nets, part, companions, 0, 0), forward, 1 / 0.9),
             Row(f"features and moments of {len(many):,} images, 05", "features alone",
-                lambda: eval_stage.moments(features()), features, 1.05),
+                lambda: s5.moments(features()), features, 1.05),
             Row("the same and the distance, once an arm", "features alone",
-                lambda: eval_stage.frechet_distance(*eval_stage.moments(features()), *reference),
+                lambda: s5.frechet_distance(*s5.moments(features()), *reference),
                 features),
             Row("sampling 128 images, 12 steps, 01", "12 bare forwards of 256",
-                lambda: proxy_stage.sample(net, c[:128], eps), guided, 1.1)]
+                lambda: s1.sample(net, c[:128], eps), guided, 1.1)]
 
 
 def selection_row(count):
@@ -296,7 +296,7 @@ def selection_row(count):
         keys = np.random.default_rng(0).gumbel(size=count)
         np.argpartition(keys, count // 2)
     return Row(f"selecting half of {count:,}, 04", "Gumbel keys and one argpartition",
-               lambda: select_stage.select(ratings, "shift-gsample", 0.5), floor, 1.5)
+               lambda: s4.select(ratings, "shift-gsample", 0.5), floor, 1.5)
 
 
 # ---- two processes ---------------------------------------------------------------------------
@@ -304,12 +304,12 @@ def work(steps):
     """One of 1 or 2 processes: trains the proxy and prints seconds per step, warm-up left out."""
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    torch.set_num_threads(2 // proxy_stage.world())
+    torch.set_num_threads(2 // s1.world())
     bench = set_up(torch.device("cpu"))
     train = trainer(bench.device, bench.pairs, steps)
     train()
-    proxy_stage.wait_for_all()
-    proxy_stage.print0(seconds(train) / steps)
+    s1.wait_for_all()
+    s1.print0(seconds(train) / steps)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -328,9 +328,9 @@ def start(processes, steps):
 def stepper(device, batch=64, size=16, width=64):
     """One proxy step at these sizes."""
     net, x = new_proxy(device, size, width), torch.rand(batch, 3, size, size, device=device)
-    opt, t = proxy_stage.adamw(net, 1e-3), torch.rand(batch, device=device)
-    c = torch.randint(proxy_stage.VOCABULARY, (batch, 8), device=device)
-    return lambda: proxy_stage.descend(proxy_stage.flow_loss(net, x, c, t, x).mean(), net, opt)
+    opt, t = s1.adamw(net, 1e-3), torch.rand(batch, device=device)
+    c = torch.randint(s1.VOCABULARY, (batch, 8), device=device)
+    return lambda: s1.descend(s1.flow_loss(net, x, c, t, x).mean(), net, opt)
 
 
 def growth_rows(device, count):
@@ -340,7 +340,7 @@ def growth_rows(device, count):
              lambda n: stepper(device, size=math.isqrt(n))),
             ("proxy step", "width", "2", (64, 128, 192, 256), lambda n: stepper(device, width=n)),
             (f"{STEPS} proxy steps", "corpus", "0", (1000, 4000, 16000, 64000),
-             lambda n: trainer(device, proxy_stage.draw_toy(n, 16, 0, "train").to(device))),
+             lambda n: trainer(device, s1.draw_toy(n, 16, 0, "train").to(device))),
             ("selection", "ratings", "1, sorting n log n",
              tuple(count // k for k in (8, 4, 2, 1)), lambda n: selection_row(n).measured)]
 
@@ -365,31 +365,31 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}    # bf16 products, dens
 
 def gpu_stages(device, width, batch, size=64, depth=12):
     """{stage: (what it does once, its pairs, its floating-point operations)} at these sizes."""
-    pairs, val = (proxy_stage.draw_toy(2 * batch, size, 0, split).to(device)
+    pairs, val = (s1.draw_toy(2 * batch, size, 0, split).to(device)
                   for split in ("train", "val"))
-    settings = proxy_stage.parse_args(["--size", str(size), "--width", str(width), "--depth",
-                                       str(depth)])
-    nets = {name: proxy_stage.build_proxy(settings, device) for name in ("proxy", "ref")}
-    nets["rater"] = rater_stage.Rater(16, 4, 8).to(device)
-    nets["contrast"] = score_stage.Contrast(size, settings.words).to(device)
-    opts = {name: proxy_stage.adamw(net, 1e-4) for name, net in nets.items()}
-    args, rng = rater_stage.parse_args([]), proxy_stage.seeded("cpu", 0, "bench")
+    settings = s1.parse_args(["--size", str(size), "--width", str(width), "--depth",
+                              str(depth)])
+    nets = {name: s1.build_proxy(settings, device) for name in ("proxy", "ref")}
+    nets["rater"] = s2.Rater(16, 4, 8).to(device)
+    nets["contrast"] = s3.Contrast(size, settings.words).to(device)
+    opts = {name: s1.adamw(net, 1e-4) for name, net in nets.items()}
+    args, rng = s2.parse_args([]), s1.seeded("cpu", 0, "bench")
     x, c = pairs.batch(range(8))
-    plain = proxy_stage.DiT(size, settings.patch, width, depth, settings.words).to(device)
+    plain = s1.DiT(size, settings.patch, width, depth, settings.words).to(device)
     _, each = own_products(plain, (x, x[:, 0, 0, 0], c))
     rows, each = range(batch), each / 8                    # a training pass of one pair
-    companions = score_stage.draw_companions(nets["rater"], 32, pairs, 0)
-    chosen, draws = pairs.take(rows), 2 * score_stage.DRAWS
-    return {"01, 05": (lambda: proxy_stage.train(nets["proxy"], pairs, 1, batch, 1e-4, 0), batch,
+    companions = s3.draw_companions(nets["rater"], 32, pairs, 0)
+    chosen, draws = pairs.take(rows), 2 * s3.DRAWS
+    return {"01, 05": (lambda: s1.train(nets["proxy"], pairs, 1, batch, 1e-4, 0), batch,
                        batch * each),
-            "02": (lambda: rater_stage.meta_step(nets, opts, pairs.batch(rows), val.batch(rows),
-                                                 rng, args), batch, 3 * batch * each),
+            "02": (lambda: s2.meta_step(nets, opts, pairs.batch(rows), val.batch(rows),
+                                        rng, args), batch, 3 * batch * each),
             "03 --baselines": (
-                lambda: score_stage.score_chunk(
-                    {**nets, "contrast": score_stage.Contrast(16, 8)}, chosen, companions, 0, 0, True), batch,
+                lambda: s3.score_chunk(
+                    {**nets, "contrast": s3.Contrast(16, 8)}, chosen, companions, 0, 0, True), batch,
                 draws * batch * each / 3),
-            "05, drawing": (lambda: proxy_stage.sample(nets["proxy"], c[:1].expand(batch, -1),
-                                                       pairs.batch(rows)[0]), batch,
+            "05, drawing": (lambda: s1.sample(nets["proxy"], c[:1].expand(batch, -1),
+                                              pairs.batch(rows)[0]), batch,
                             24 * batch * each / 3)}
 
 
@@ -410,7 +410,7 @@ def print_gpu_rows(device, batch=128):
 
 def measure_gpu(device, width, mode, batch, peak):
     """{stage: its cells of the table} under one precision."""
-    machine, cells = proxy_stage.Machine, {}
+    machine, cells = s1.Machine, {}
     machine.bf16, machine.compiled = mode.startswith("bf16"), mode.endswith("compiled")
     machine.fetch_every = 10
     torch.set_float32_matmul_precision("highest" if mode == "fp32" else "high")
@@ -437,7 +437,7 @@ def main(args):
                 selection_row(args.ratings)]:
         pair = [sampler(function, row.units) for function in (row.measured, row.floor)]
         print_row(row.what, row.against, take_turns(pair, args.repeats), row.target)
-    toy = take_turns([sampler(lambda: proxy_stage.draw_toy(20_000, 16, 0, "train"))], args.repeats)
+    toy = take_turns([sampler(lambda: s1.draw_toy(20_000, 16, 0, "train"))], args.repeats)
     print_row("drawing 20,000 toy pairs", "2 seconds", np.hstack([toy, 0 * toy + 2]), 1)
     print_row("proxy step, 2 processes of 1 thread", "1 process of 2 threads", take_turns(
         [start(2, args.steps), start(1, args.steps)], args.repeats), 1 / 0.8)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-STAGES = proxy_stage, rater_stage, score_stage, select_stage, eval_stage = [
+STAGES = s1, s2, s3, s4, s5 = [
     importlib.import_module(name) for name in (
         "01_proxy", "02_meta_rater", "03_score", "04_select", "05_train_eval")]
 OTHERS = ("chaotic-noise", "chaotic-caption", "plain")     # strata, beside the informative one
@@ -18,18 +18,18 @@ OTHERS = ("chaotic-noise", "chaotic-caption", "plain")     # strata, beside the 
 @torch.enable_grad()
 def warm_up(seed, smoke):
     """Settings, splits (train, val, test) and warm proxy, as 01_proxy.py --seed `seed` has them."""
-    settings = proxy_stage.parse_args(["--seed", str(seed)] + ["--smoke"] * smoke)
+    settings = s1.parse_args(["--seed", str(seed)] + ["--smoke"] * smoke)
     torch.manual_seed(seed)
-    splits = proxy_stage.load_data(settings, "cpu")
-    proxy = proxy_stage.build_proxy(settings, "cpu")
-    proxy_stage.train(proxy, splits[0], settings.steps, settings.batch_size, settings.lr, seed)
+    splits = s1.load_data(settings, "cpu")
+    proxy = s1.build_proxy(settings, "cpu")
+    s1.train(proxy, splits[0], settings.steps, settings.batch_size, settings.lr, seed)
     return settings, splits, proxy
 
 
 def areas(rating, strata, others=OTHERS):
     """AUC: P(an informative pair is rated above one of another stratum), of those there are."""
     good = rating[strata == "informative"]
-    return [float(score_stage.auc(good, rating[strata == name])) for name in others
+    return [float(s3.auc(good, rating[strata == name])) for name in others
             if name in strata]
 
 
@@ -54,9 +54,9 @@ def head(*names):
 
 def cell(values, digits=None):
     """'mean ± half-width of the 95 % interval' of one value per seed, to `digits` decimals."""
-    mean, half = eval_stage.interval(values)
+    mean, half = s5.interval(values)
     if digits is None:
-        return eval_stage.show_interval(mean, half)
+        return s5.show_interval(mean, half)
     return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-eval_stage = importlib.import_module("05_train_eval")
+s5 = importlib.import_module("05_train_eval")
 
 
 def compare(path, one, two):
@@ -22,11 +22,11 @@ def compare(path, one, two):
         raise SystemExit(f"{path}: no seed with both arms, {one} and {two}; it has "
                          f"{', '.join(sorted({arm for arm, _ in rows}))}")
     found = {}
-    for metric, sign in eval_stage.METRICS.items():
-        mean, half = eval_stage.interval(
+    for metric, sign in s5.METRICS.items():
+        mean, half = s5.interval(
             [float(rows[one, seed][metric]) - float(rows[two, seed][metric]) for seed in seeds])
-        found[metric] = (f"{eval_stage.show_interval(mean, half, '+')} "
-                         f"{eval_stage.verdict(mean, half, sign)}")
+        found[metric] = (f"{s5.show_interval(mean, half, '+')} "
+                         f"{s5.verdict(mean, half, sign)}")
     return found
 
 

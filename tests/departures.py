@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import (STAGES, OTHERS, areas, cell, head, positions, show, spearman,  # noqa: E402
                     warm_up)
 
-proxy_stage, rater_stage, score_stage, _, eval_stage = STAGES
+s1, s2, s3, _, s5 = STAGES
 conftest = importlib.import_module("conftest")
 
 OURS, LOSS, FREE = "eq. 6, as shipped", "eq. 9, as shipped", "eq. 6, no entropy term (--tau 0)"
@@ -87,7 +87,7 @@ def reweigh(factors):
     Scales gradients and leaves the values, which the rater sees, as they are. Every step asks for
     the losses of theta_hat first, then for those of theta (training and validation half).
     """
-    flow_loss, calls = proxy_stage.flow_loss, itertools.count()
+    flow_loss, calls = s1.flow_loss, itertools.count()
 
     def scaled(net, x, c, t, eps):
         L, (k, of_theta) = flow_loss(net, x, c, t, eps), divmod(next(calls), 2)
@@ -107,19 +107,19 @@ def departures(steps):
     """{name: (flags of stage 2, [(stage, what is replaced, by what)])}, made anew for every run."""
     def ul(k):
         return upper_level(k, steps)
-    twice = (rater_stage, "weigh", soften_twice)
+    twice = (s2, "weigh", soften_twice)
     return {
         OURS: ("", []), LOSS: ("--signal loss", []), FREE: ("--tau 0", []),
         FREE_LOSS: ("--signal loss --tau 0", []),
-        "signal standardised, not ranked": ("", [(rater_stage, "rank_normal", standardise)]),
-        "signal neither ranked nor centred": ("", [(rater_stage, "rank_normal", scale)]),
-        "t not shifted": ("", [(proxy_stage, "T_SHIFT", 0.0)]),
-        SIGMOID: ("--tau 0", [(rater_stage, "weigh", soften)]), SOFTMAX: ("--tau 0", [twice]),
-        DIVIDED: ("", [(proxy_stage, "flow_loss", reweigh(lambda k: (1 / PER_GPU, 1.0)))]),
-        SCHEDULE: ("", [(proxy_stage, "flow_loss", reweigh(lambda k: (1 - ul(k), ul(k))))]),
+        "signal standardised, not ranked": ("", [(s2, "rank_normal", standardise)]),
+        "signal neither ranked nor centred": ("", [(s2, "rank_normal", scale)]),
+        "t not shifted": ("", [(s1, "T_SHIFT", 0.0)]),
+        SIGMOID: ("--tau 0", [(s2, "weigh", soften)]), SOFTMAX: ("--tau 0", [twice]),
+        DIVIDED: ("", [(s1, "flow_loss", reweigh(lambda k: (1 / PER_GPU, 1.0)))]),
+        SCHEDULE: ("", [(s1, "flow_loss", reweigh(lambda k: (1 - ul(k), ul(k))))]),
         RELEASED: ("--signal loss --tau 0",
-                   [twice, (rater_stage, "rank_normal", proxy_stage.unchanged),
-                    (proxy_stage, "flow_loss",
+                   [twice, (s2, "rank_normal", s1.unchanged),
+                    (s1, "flow_loss",
                      reweigh(lambda k: ((1 - ul(k)) / PER_GPU, ul(k))))]),
     }
 
@@ -131,7 +131,7 @@ class Bench:
     def __init__(self, args):
         self.out, self.seeds = Path(args.out), range(args.seeds)
         self.flags = ["--smoke"] if args.smoke else []
-        defaults = rater_stage.parse_args(self.flags)
+        defaults = s2.parse_args(self.flags)
         self.steps, self.group_size = defaults.steps, defaults.group_size
         self.out.mkdir(exist_ok=True, parents=True)
 
@@ -146,13 +146,13 @@ class Bench:
         """Stage 2 on `pairs` from these weights of both proxies."""
         settings, _, val, _ = self.warm(seed)
         torch.manual_seed(seed)
-        nets = {key: proxy_stage.build_proxy(settings, "cpu") for key in ("proxy", "ref")}
+        nets = {key: s1.build_proxy(settings, "cpu") for key in ("proxy", "ref")}
         for net in nets.values():
             net.load_state_dict(weights)
-        nets["rater"] = rater_stage.Rater(settings.size, settings.patch, settings.words)
-        args = rater_stage.parse_args(["--seed", str(seed), *self.flags, *flags])
-        nets_at = proxy_stage.Progress()
-        rater_stage.learn(nets, pairs, val, args, pairs.batch(np.arange(len(pairs))), nets_at)
+        nets["rater"] = s2.Rater(settings.size, settings.patch, settings.words)
+        args = s2.parse_args(["--seed", str(seed), *self.flags, *flags])
+        nets_at = s1.Progress()
+        s2.learn(nets, pairs, val, args, pairs.batch(np.arange(len(pairs))), nets_at)
         seen = {k: logits.numpy() for k, logits, _ in nets_at.kept["seen"]}
         return nets, np.array(nets_at.log), seen
 
@@ -189,7 +189,7 @@ def print_row(name, table):
 
 def of_log(log, name):
     """A column of stage 2's log over the last 100 steps."""
-    return log[-100:, rater_stage.COLUMNS.index(name) - 1]
+    return log[-100:, s2.COLUMNS.index(name) - 1]
 
 
 # ---- the tables ------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def stopping(bench):
             table = []
             for seed in bench.seeds:
                 strata, (_, log, seen) = bench.strata(seed), bench.rater(seed, name)
-                ess = log[max(0, k - 20):k, rater_stage.COLUMNS.index("ess") - 1].mean()
+                ess = log[max(0, k - 20):k, s2.COLUMNS.index("ess") - 1].mean()
                 table.append([*areas(seen[k], strata), pure(seen[k], strata, 0.1),
                               pure(seen[k], strata, 0.5), ess])
             print_row(f"{name} | {k}", table)
@@ -256,7 +256,7 @@ def draw_stopping(bench):
             axis.set_title(f"informative over {other}", fontsize=9)
     axes[0].set_ylabel("AUC of the logits")
     axes[0].legend(fontsize=8, loc="lower right")
-    proxy_stage.save_figure(figure, bench.out / "departures-stopping.png")
+    s1.save_figure(figure, bench.out / "departures-stopping.png")
 
 
 def assumption(bench):
@@ -273,7 +273,7 @@ def assumption(bench):
         settings, pairs, _, weights = bench.warm(seed)
         rows.setdefault((f"{len(pairs)} pairs", settings.steps), []).append(
             compare_signals(bench, seed, pairs, weights))
-        few = proxy_stage.draw_toy(96, settings.size, seed + 1000, "train", settings.words)
+        few = s1.draw_toy(96, settings.size, seed + 1000, "train", settings.words)
         for steps, state in memorise(bench, seed, few).items():
             rows.setdefault((f"{len(few)} pairs", steps), []).append(
                 compare_signals(bench, seed, few, state))
@@ -285,37 +285,37 @@ def memorise(bench, seed, few):
     """{step: weights} of a theta_hat that sees the same few pairs again and again (eq. 4)."""
     settings, *_ = bench.warm(seed)
     torch.manual_seed(seed)
-    net, points, states = proxy_stage.build_proxy(settings, "cpu"), (1, 4, 16), {}
+    net, points, states = s1.build_proxy(settings, "cpu"), (1, 4, 16), {}
 
     def after(step):
         if step in [settings.steps * k // 2 for k in points]:
             states[step] = {name: value.clone() for name, value in net.state_dict().items()}
-    proxy_stage.train(net, few, settings.steps * 8, settings.batch_size, settings.lr, seed,
-                      decay=0.5, after=after)
+    s1.train(net, few, settings.steps * 8, settings.batch_size, settings.lr, seed,
+             decay=0.5, after=after)
     return states
 
 
 def compare_signals(bench, seed, pairs, weights, beta=0.01):
     """The cells of one row of `assumption`: at the first step, and when the proxies have parted."""
     settings, _, val, _ = bench.warm(seed)
-    ref, count = proxy_stage.build_proxy(settings, "cpu"), min(64, len(pairs))
+    ref, count = s1.build_proxy(settings, "cpu"), min(64, len(pairs))
     ref.load_state_dict(weights)
-    rng = proxy_stage.seeded("cpu", seed, "departures")
-    train, held = ([*part.batch(np.arange(count)), *proxy_stage.draw_noise(
+    rng = s1.seeded("cpu", seed, "departures")
+    train, held = ([*part.batch(np.arange(count)), *s1.draw_noise(
         part.batch(np.arange(count))[0], rng, shift)] for part, shift in (
-        (pairs, proxy_stage.T_SHIFT), (val, 0.0)))
-    exact = rater_stage.exact_meta_gradient(ref, train, held, torch.full((count,), 1 / count),
-                                            beta, steps=1)                    # (count,)
-    L_hat = proxy_stage.flow_loss(ref, *train)                                # (count,)
+        (pairs, s1.T_SHIFT), (val, 0.0)))
+    exact = s2.exact_meta_gradient(ref, train, held, torch.full((count,), 1 / count),
+                                   beta, steps=1)                    # (count,)
+    L_hat = s1.flow_loss(ref, *train)                                # (count,)
     g_train, g_val = (torch.autograd.grad(L.mean(), list(ref.parameters()), retain_graph=True)
-                      for L in (L_hat, proxy_stage.flow_loss(ref, *held)))
+                      for L in (L_hat, s1.flow_loss(ref, *held)))
     signals = []
     for with_val in (0, 1):                                # theta_hat, theta: one step of eq. 5
         ref.load_state_dict(weights)
         with torch.no_grad():
             for p, g, h in zip(ref.parameters(), g_train, g_val):
                 p -= beta * (g + with_val * h)
-            signals.append(proxy_stage.flow_loss(ref, *train))
+            signals.append(s1.flow_loss(ref, *train))
     first = [spearman(signals[1] - signals[0], exact), spearman(signals[1], exact)]
     nets, *_ = bench.learn(seed, pairs, weights, () if bench.flags else ("--steps", "100"))
     loss, gap = score(bench, nets, pairs, seed, "loss", "difference")         # L_hat, eq. 6: (N,)
@@ -345,7 +345,7 @@ def weights(bench):
     for B in sizes:
         ratio, ess = bounds(B)
         row3, ours = ([spread(bench, seed, name, weigh, B) for seed in bench.seeds] for name, weigh
-                      in ((SOFTMAX, soften_twice), (OURS, rater_stage.weigh)))
+                      in ((SOFTMAX, soften_twice), (OURS, s2.weigh)))
         print_row(f"{B}", [(ratio, a[0], b[0], ess, a[1], b[1]) for a, b in zip(row3, ours)])
     head("batch", "eq. 5", "row 4: g_train / B", "and first weighted epoch (0.97)",
                "and last epoch (0.73)")
@@ -375,12 +375,12 @@ def gradient_shares(bench, seed, B, draws=4):
     _, pairs, val, _ = bench.warm(seed)
     nets, shares = bench.rater(seed, OURS)[0], []
     for k in range(draws):
-        rng, norms = proxy_stage.seeded("cpu", seed, "shares", k), []
+        rng, norms = s1.seeded("cpu", seed, "shares", k), []
         for part in (pairs, val):
             x, c = part.batch(np.random.default_rng([seed, k]).integers(len(part), size=B))
-            L = proxy_stage.flow_loss(nets["proxy"], x, c, *proxy_stage.draw_noise(
-                x, rng, proxy_stage.T_SHIFT if part is pairs else 0.0))       # (B,)
-            W_inst, W_batch = rater_stage.weigh(nets["rater"], x, c, B)
+            L = s1.flow_loss(nets["proxy"], x, c, *s1.draw_noise(
+                x, rng, s1.T_SHIFT if part is pairs else 0.0))       # (B,)
+            W_inst, W_batch = s2.weigh(nets["rater"], x, c, B)
             loss = (W_inst * W_batch).detach()[0] @ L if part is pairs else L.mean()
             grads = torch.autograd.grad(loss, list(nets["proxy"].parameters()))
             norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
@@ -402,8 +402,8 @@ def draw_temperature(bench):
         axis.plot(W_batch, (V.amax(2) / V.amin(2)).mean(1), color=colour, label=f"{B} pairs")
         axis.plot(W_batch, bounds(B)[0] ** W_batch, "--", color=colour, linewidth=1)
     axis.set(xlabel="W_batch = 1 / temperature", ylabel="largest ratio of two weights")
-    proxy_stage.legend_above(axis)
-    proxy_stage.save_figure(figure, bench.out / "departures-temperature.png")
+    s1.legend_above(axis)
+    s1.save_figure(figure, bench.out / "departures-temperature.png")
 
 
 # ---- rows 6 to 8: scoring --------------------------------------------------------------------
@@ -411,10 +411,10 @@ def score(bench, nets, pairs, seed, *columns):
     """Columns (N,) of stage 3's ratings in the order of `pairs`."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "ratings.csv"
-        nets = {**nets, "contrast": score_stage.Contrast(16, 8)}               # not looked at
-        score_stage.score(nets, bench.group_size, pairs, file, seed, proxy_stage.Progress(),
-                          with_baselines="loss" in columns)
-        table = score_stage.read_table(file)
+        nets = {**nets, "contrast": s3.Contrast(16, 8)}               # not looked at
+        s3.score(nets, bench.group_size, pairs, file, seed, s1.Progress(),
+                 with_baselines="loss" in columns)
+        table = s3.read_table(file)
     return [table[name] for name in columns]
 
 
@@ -423,7 +423,7 @@ def score_batches(rater, pairs, order, size):
     """Row 6, ratings (N,) as released: softmax over the scoring batch times its W_batch."""
     rating = torch.empty(len(pairs))
     for rows in torch.as_tensor(order).split(size):
-        W_inst, W_batch = rater_stage.weigh(rater, *pairs.batch(rows), len(rows))
+        W_inst, W_batch = s2.weigh(rater, *pairs.batch(rows), len(rows))
         rating[rows] = (W_inst * W_batch).flatten()
     return rating.numpy()
 
@@ -480,7 +480,7 @@ def blank(bench, seed):
     (_, pairs, *_), (nets, *_) = bench.warm(seed), bench.rater(seed, OURS)
     strata = bench.strata(seed)
     x, c = pairs.batch(np.arange(len(pairs)))
-    dropped = proxy_stage.drop_captions(c, proxy_stage.seeded("cpu", seed, "blank"))
+    dropped = s1.drop_captions(c, s1.seeded("cpu", seed, "blank"))
     full, without = (nets["rater"].logits(nets["rater"].features(x, words)).numpy()
                      for words in (c, dropped))
     gone = (dropped != c).any(1).numpy()
@@ -501,7 +501,7 @@ def replace_broken(count):
 def rate_broken(count):
     """Row 8, ours: rows named in ratings.csv after two processes of 03_score.py on a tar."""
     with tempfile.TemporaryDirectory() as folder:
-        pack(proxy_stage.draw_toy(count, 16, 0, "train"), Path(folder) / "pairs.tar")
+        pack(s1.draw_toy(count, 16, 0, "train"), Path(folder) / "pairs.tar")
         for command, launcher in (("01_proxy.py --smoke", ()), ("02_meta_rater.py --smoke", ()), (
                 f"03_score.py --smoke --data {folder}/pairs.tar", conftest.TORCHRUN)):
             done = conftest.run(f"{command} --out {folder}/out", launcher)

@@ -33,9 +33,9 @@ from matplotlib import pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import STAGES, OTHERS, areas, head, show  # noqa: E402
 
-proxy_stage, rater_stage, score_stage, select_stage, train_stage = STAGES
-draw_toy, interval, METRICS = proxy_stage.draw_toy, train_stage.interval, train_stage.METRICS
-RATING, LOSS, DIFFERENCE = (([*score_stage.NUMBERS, *score_stage.BASELINES]).index(name)
+s1, s2, s3, s4, s5 = STAGES
+draw_toy, interval, METRICS = s1.draw_toy, s5.interval, s5.METRICS
+RATING, LOSS, DIFFERENCE = (([*s3.NUMBERS, *s3.BASELINES]).index(name)
                             for name in ("rating", "loss", "difference"))
 SELECTIONS = {             # name: signal of the rater, rule, retention
     "full": ("", "random", 1.0), "random 50%": ("", "random", 0.5),
@@ -49,9 +49,9 @@ SELECTIONS = {             # name: signal of the rater, rule, retention
 def make_pairs(images, captions, strata, split, words):
     """Pairs of images (n, 3, H, W) in [-1, 1], with keys in their order."""
     pixels = torch.from_numpy(((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8))
-    return proxy_stage.Pairs(pixels, proxy_stage.tokenize(captions, words),
-                             [f"{split}{i:06d}" for i in range(len(pixels))], list(captions),
-                             list(strata))
+    return s1.Pairs(pixels, s1.tokenize(captions, words),
+                    [f"{split}{i:06d}" for i in range(len(pixels))], list(captions),
+                    list(strata))
 
 
 def draw_preferences(n, size, seed, split, words=8):
@@ -62,16 +62,16 @@ def draw_preferences(n, size, seed, split, words=8):
     if split != "train":
         return draw_toy(n, size, seed, split, words)
     rng, half = np.random.default_rng([seed, 3]), n // 2
-    good, what = proxy_stage.draw_shapes(half, size, rng)
-    pool, known = proxy_stage.draw_shapes(4 * n, size, rng)
+    good, what = s1.draw_shapes(half, size, rng)
+    pool, known = s1.draw_shapes(4 * n, size, rng)
     wrong = (what[:, None] != known).sum(2) == 1                              # (half, 4 n)
     worse = pool[[rng.choice(np.flatnonzero(row)) for row in wrong]]
     kind = rng.integers(3, size=half)
-    blurred = train_stage.image_ops.gaussian_blur(torch.from_numpy(good), 7, 2.0).numpy()
+    blurred = s5.image_ops.gaussian_blur(torch.from_numpy(good), 7, 2.0).numpy()
     worse[kind == 0] = blurred[kind == 0]
     worse[kind == 1] = (good + 0.5 * rng.standard_normal(good.shape, np.float32))[kind == 1]
     strata = np.where(kind == 2, "chaotic-caption", "chaotic-noise")
-    order, captions = rng.permutation(2 * half), np.tile(proxy_stage.describe(what), 2)
+    order, captions = rng.permutation(2 * half), np.tile(s1.describe(what), 2)
     strata = np.concatenate([np.full(half, "informative"), strata])
     return make_pairs(np.concatenate([good, worse])[order], captions[order], strata[order], split,
                       words)
@@ -80,8 +80,8 @@ def draw_preferences(n, size, seed, split, words=8):
 def draw_clean(n, size, seed, split, words=16):
     """Clean pictures under long captions, in all splits; size, contrast and place vary."""
     rng = np.random.default_rng([seed, 4, *split.encode()])
-    images, what = proxy_stage.draw_shapes(n, size, rng)
-    ground = np.array(list(proxy_stage.GROUNDS.values()), np.float32)[what[:, 1], :, None, None]
+    images, what = s1.draw_shapes(n, size, rng)
+    ground = np.array(list(s1.GROUNDS.values()), np.float32)[what[:, 1], :, None, None]
     ground, side = ground / 127.5 - 1, 9 * size // 16                         # (n, 3, 1, 1)
     small, faint, place = (rng.integers(options, size=n) for options in (2, 2, 3))
     shrunk = F.interpolate(torch.from_numpy(images), (side, side), mode="area").numpy()
@@ -91,7 +91,7 @@ def draw_clean(n, size, seed, split, words=16):
         images[k, :, top:top + side, left:left + side] = shrunk[k]
     images = np.where(faint[:, None, None, None], ground + 0.4 * (images - ground), images)
     captions = []
-    for k, caption in enumerate(proxy_stage.describe(what)):
+    for k, caption in enumerate(s1.describe(what)):
         where = ("left", "middle", "right")[place[k]] if small[k] else "middle"
         captions.append(f"a {'small' if small[k] else 'large'} {'faint' if faint[k] else 'strong'}"
                         f" {caption[2:]} standing in the {where} of the picture")
@@ -107,8 +107,8 @@ def draw_sharded(n, size, seed, split, words=8, shards=20):
     parts = []
     for number, share in enumerate(np.random.default_rng(seed).permutation(
             np.linspace(0.05, 0.95, shards))):
-        rest = {name: part * (1 - share) / 0.55 for name, part in proxy_stage.STRATA.items()}
-        with mock.patch.object(proxy_stage, "STRATA", rest | {"informative": share}):
+        rest = {name: part * (1 - share) / 0.55 for name, part in s1.STRATA.items()}
+        with mock.patch.object(s1, "STRATA", rest | {"informative": share}):
             parts.append(draw_toy(n // shards, size, 1000 * seed + number, split, words))
     captions, strata = (sum((getattr(part, name) for part in parts), [])
                         for name in ("captions", "strata"))
@@ -146,7 +146,7 @@ class UNet(nn.Module):
 
     def __init__(self, width=24, cond=64):
         super().__init__()
-        self.word = nn.Embedding(proxy_stage.VOCABULARY, cond)
+        self.word = nn.Embedding(s1.VOCABULARY, cond)
         self.time = nn.Sequential(nn.Linear(cond, cond), nn.SiLU(), nn.Linear(cond, cond))
         self.enter = nn.Conv2d(3, width, 3, padding=1)
         self.down = nn.ModuleList([FilmBlock(width, width, cond), FilmBlock(width, 2 * width, cond),
@@ -159,7 +159,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.leave[2].weight)
 
     def forward(self, x, t, c):                            # (B, 3, H, W), (B,), (B, T)
-        features = proxy_stage.time_features(t, self.word.embedding_dim)
+        features = s1.time_features(t, self.word.embedding_dim)
         cond = self.time(features) + self.word(c).mean(1)                     # (B, D)
         full = self.down[0](self.enter(x), cond)                              # (B, C, H, W)
         half = self.down[1](F.avg_pool2d(full, 2), cond)                      # (B, 2C, H/2, W/2)
@@ -203,13 +203,13 @@ class Nothing(nn.Module):
         return self.zero * x
 
 
-def with_own_noise(ref, flow_loss=proxy_stage.flow_loss):
+def with_own_noise(ref, flow_loss=s1.flow_loss):
     """flow_loss, but theta_hat's t and eps are drawn apart: eq. 6 with independent noise."""
     rng = torch.Generator().manual_seed(0)
 
     def loss(net, x, c, t, eps):
         if net is ref:
-            t, eps = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)      # the departure
+            t, eps = s1.draw_noise(x, rng, s1.T_SHIFT)      # the departure
         return flow_loss(net, x, c, t, eps)
     return loss
 
@@ -233,24 +233,24 @@ class Lab:
         return torch.load(file, weights_only=True)
 
     def settings(self, corpus, seed):
-        return proxy_stage.parse_args(["--out", str(self.out), "--seed", str(seed), "--words",
-                                       str(CORPORA[corpus][1]), *self.smoke])
+        return s1.parse_args(["--out", str(self.out), "--seed", str(seed), "--words",
+                              str(CORPORA[corpus][1]), *self.smoke])
 
     def data(self, corpus, seed):
         """The splits train, val and test of a corpus."""
-        with (mock.patch.object(proxy_stage, "draw_toy", CORPORA[corpus][0]),
+        with (mock.patch.object(s1, "draw_toy", CORPORA[corpus][0]),
               contextlib.redirect_stdout(sys.stderr)):
-            return proxy_stage.load_data(self.settings(corpus, seed), "cpu")
+            return s1.load_data(self.settings(corpus, seed), "cpu")
 
     def judge(self, corpus):
         """Of seed 0: the judge, the moments of real images, the evaluation pairs."""
-        args = train_stage.parse_args(self.smoke)
+        args = s5.parse_args(self.smoke)
         _, val, test = self.data(corpus, 0)
-        judge = score_stage.train_contrast(
-            test, 20 if args.smoke else score_stage.CONTRAST_STEPS, 0)
-        x, _ = test.batch(np.arange(min(train_stage.DRAWN, len(test))))
-        reference = train_stage.moments(judge.embed_images(x)[0])
-        real = train_stage.judge_images(judge, x, test.captions[:len(x)], reference)
+        judge = s3.train_contrast(
+            test, 20 if args.smoke else s3.CONTRAST_STEPS, 0)
+        x, _ = test.batch(np.arange(min(s5.DRAWN, len(test))))
+        reference = s5.moments(judge.embed_images(x)[0])
+        real = s5.judge_images(judge, x, test.captions[:len(x)], reference)
         print(f"{corpus}: real images have score {real['score']:.1f}, match {real['match']:.0f} %",
               file=sys.stderr, flush=True)
         return judge, reference, test
@@ -259,9 +259,9 @@ class Lab:
         """Weights of the reference after eq. 4 on `pairs`."""
         def make():
             torch.manual_seed(settings.seed)
-            net = proxy_stage.build_proxy(settings, "cpu")
-            return proxy_stage.train(net, pairs, settings.steps, settings.batch_size, settings.lr,
-                                     settings.seed).state_dict()
+            net = s1.build_proxy(settings, "cpu")
+            return s1.train(net, pairs, settings.steps, settings.batch_size, settings.lr,
+                            settings.seed).state_dict()
         return self.keep(f"warm-{name}-{settings.seed}", make)
 
     def learn(self, name, settings, weights, pairs, val, signal, read=None):
@@ -270,39 +270,39 @@ class Lab:
         signal: difference, loss, or "difference independent"; read: batches instead of 01's.
         """
         def make():
-            flags = rater_stage.parse_args(["--signal", signal.split()[0], "--seed",
-                                            str(settings.seed), *self.smoke])
+            flags = s2.parse_args(["--signal", signal.split()[0], "--seed",
+                                   str(settings.seed), *self.smoke])
             torch.manual_seed(settings.seed)
-            nets = {key: proxy_stage.build_proxy(settings, "cpu") for key in ("proxy", "ref")}
+            nets = {key: s1.build_proxy(settings, "cpu") for key in ("proxy", "ref")}
             for net in nets.values():
                 net.load_state_dict(weights)
-            nets["rater"] = rater_stage.Rater(settings.size, settings.patch, settings.words)
+            nets["rater"] = s2.Rater(settings.size, settings.patch, settings.words)
             if signal == "loss":
                 nets["ref"] = Nothing()                    # eq. 9 needs no theta_hat
             loss = (with_own_noise(nets["ref"]) if "independent" in signal
-                    else proxy_stage.flow_loss)
-            progress, began = proxy_stage.Progress(), time.process_time()
-            with (mock.patch.object(proxy_stage, "flow_loss", loss),
-                  mock.patch.object(proxy_stage, "draw_batches", read or proxy_stage.draw_batches)):
-                rater_stage.learn(nets, pairs, val, flags, pairs.batch(np.arange(8)), progress)
+                    else s1.flow_loss)
+            progress, began = s1.Progress(), time.process_time()
+            with (mock.patch.object(s1, "flow_loss", loss),
+                  mock.patch.object(s1, "draw_batches", read or s1.draw_batches)):
+                s2.learn(nets, pairs, val, flags, pairs.batch(np.arange(8)), progress)
             return {"seconds": (time.process_time() - began) / flags.steps,
                     "weights": {key: net.state_dict() for key, net in nets.items()}}
         return self.keep(f"rater-{name}-{signal}-{settings.seed}", make)
 
     def rate(self, learnt, settings, pairs, draws=8):
         """Stage 3's numbers (N, 8) of `pairs`; (N, 3) at no draws or without theta_hat."""
-        nets = {key: proxy_stage.build_proxy(settings, "cpu") for key in ("proxy", "ref")}
-        nets["rater"] = rater_stage.Rater(settings.size, settings.patch, settings.words)
+        nets = {key: s1.build_proxy(settings, "cpu") for key in ("proxy", "ref")}
+        nets["rater"] = s2.Rater(settings.size, settings.patch, settings.words)
         has_ref = len(learnt["weights"]["ref"]) > 1
-        contrast = score_stage.Contrast(settings.size, settings.words)        # not looked at
+        contrast = s3.Contrast(settings.size, settings.words)        # not looked at
         for key, net in nets.items():
             if key != "ref" or has_ref:
                 net.load_state_dict(learnt["weights"][key])
-        group_size = rater_stage.parse_args(self.smoke).group_size
-        companions = score_stage.draw_companions(nets["rater"], group_size, pairs, 0)
-        rows, size = np.arange(len(pairs)), score_stage.CHUNK
-        with mock.patch.object(score_stage, "DRAWS", draws):
-            return torch.cat([score_stage.score_chunk(
+        group_size = s2.parse_args(self.smoke).group_size
+        companions = s3.draw_companions(nets["rater"], group_size, pairs, 0)
+        rows, size = np.arange(len(pairs)), s3.CHUNK
+        with mock.patch.object(s3, "DRAWS", draws):
+            return torch.cat([s3.score_chunk(
                 {**nets, "contrast": contrast}, pairs.take(part), companions, k, 0, has_ref and draws > 0)
                 for k, part in enumerate(np.split(rows, rows[size::size]))])
 
@@ -312,7 +312,7 @@ class Lab:
         weights = self.warm(corpus, settings, pairs)
         if validation != "informative":
             shares = VALIDATIONS[validation]
-            with mock.patch.object(proxy_stage, "STRATA", shares):            # the departure
+            with mock.patch.object(s1, "STRATA", shares):            # the departure
                 val = draw_toy(len(val), settings.size, seed + 1000, "train", settings.words)
         learnt = self.learn(f"{corpus}-{validation}", settings, weights, pairs, val, signal)
         return self.rate(learnt, settings, pairs, 0)[:, RATING].numpy(), learnt
@@ -323,22 +323,22 @@ class Lab:
         pairs = self.data(corpus, seed)[0]
         rating = (self.rated(corpus, seed, **{"signal": signal, **how})[0] if signal
                   else np.zeros(len(pairs)))
-        return select_stage.select(rating, rule, share, seed=seed)[0]
+        return s4.select(rating, rule, share, seed=seed)[0]
 
     def arm(self, corpus, seed, name, epochs=16, build=None, lr=5e-3, note="", **how):
         """Stage 5's result row of a selection, with another network or rating where named."""
         def make():
             rows, file = self.choose(corpus, seed, name, **how), self.out / f"{os.getpid()}.npy"
             np.save(file, rows)
-            args = train_stage.parse_args(["--out", str(self.out), "--epochs", str(epochs),
-                                           "--lr", str(lr), *self.smoke])
+            args = s5.parse_args(["--out", str(self.out), "--epochs", str(epochs),
+                                  "--lr", str(lr), *self.smoke])
             args.epochs = max(1, epochs // 8) if self.smoke else epochs
             judge, reference, test = self.judge(corpus)
-            with mock.patch.object(proxy_stage, "build_proxy",
-                                   build or proxy_stage.build_proxy):         # the departure
-                row, _ = train_stage.run_arm(
-                    train_stage.Arm(name, file=str(file)), seed, args, self.settings(corpus, seed),
-                    self.data(corpus, seed)[0], test, judge, reference, proxy_stage.Progress())
+            with mock.patch.object(s1, "build_proxy",
+                                   build or s1.build_proxy):         # the departure
+                row, _ = s5.run_arm(
+                    s5.Arm(name, file=str(file)), seed, args, self.settings(corpus, seed),
+                    self.data(corpus, seed)[0], test, judge, reference, s1.Progress())
             file.unlink()
             strata = np.array(self.data(corpus, seed)[0].strata)
             return row | {"shares": {str(s): float(np.mean(strata[rows] == s))
@@ -350,12 +350,12 @@ class Lab:
 # ---- tables ----------------------------------------------------------------------------------
 def cell(values, baseline=None, sign=1):
     """'mean ± half'; with a baseline also the paired difference and what it means."""
-    text = train_stage.show_interval(*interval(values))
+    text = s5.show_interval(*interval(values))
     if baseline is None:
         return text
     mean, half = interval(np.subtract(values, baseline))
-    return (f"{text}; {train_stage.show_interval(mean, half, '+')} "
-            f"{train_stage.verdict(mean, half, sign)}")
+    return (f"{text}; {s5.show_interval(mean, half, '+')} "
+            f"{s5.verdict(mean, half, sign)}")
 
 
 def metric_cells(rows, baseline=None):
@@ -436,14 +436,14 @@ def draw_forward(path, runs):
     axes[0].set_ylabel("AUC on unseen pairs")
     axes[2].legend(fontsize=8)
     figure.tight_layout()
-    proxy_stage.save_figure(figure, path)
+    s1.save_figure(figure, path)
 
 
 # ---- (b) signals and validation sets ---------------------------------------------------------
 VALIDATIONS = {            # shares of the strata; the corpus itself: a random split of it
     "informative": None,
     "curated mixed": {"informative": 0.7, "plain": 0.3, "chaotic-noise": 0, "chaotic-caption": 0},
-    "random split": proxy_stage.STRATA}
+    "random split": s1.STRATA}
 CASES = [("difference", "informative", "eq. 6, Top-K 50%"),
          ("difference independent", "informative", "eq. 6, Top-K 50%"),
          ("loss", "informative", "eq. 9, Top-K 50%"),
@@ -479,7 +479,7 @@ READINGS = {"shuffled": 1, "one shard a batch": 64, "one shard a group": 32}  # 
 
 def read_shards(count, run, shards=20):
     """Like `draw_batches`, for a corpus of `count` pairs every `run` pairs from one shard."""
-    size, usual = count // shards, proxy_stage.draw_batches
+    size, usual = count // shards, s1.draw_batches
 
     def draw_batches(n, batch_size, seed, first, last):
         if n != count or run == 1:                         # validation is read as always
@@ -497,11 +497,11 @@ def read_shards(count, run, shards=20):
 def examine(lab, learnt, seed, shards=20):
     """Correlation of W_batch with quality, its mean in the worst and best quarter, two AUCs."""
     settings, pairs = lab.settings("sharded", seed), lab.data("sharded", seed)[0]
-    rater = rater_stage.Rater(settings.size, settings.patch, settings.words)
+    rater = s2.Rater(settings.size, settings.patch, settings.words)
     rater.load_state_dict(learnt["weights"]["rater"])
     good = np.array(pairs.strata) == "informative"
     f = rater.features(*pairs.batch(np.arange(len(pairs))))                   # (N, D)
-    size, group = len(pairs) // shards, rater_stage.parse_args(lab.smoke).group_size
+    size, group = len(pairs) // shards, s2.parse_args(lab.smoke).group_size
     rows = np.arange(len(pairs)).reshape(shards, size)[:, :size // group * group]
     groups = f[rows.reshape(-1, group)]                                       # (M, G, D)
     W = rater.group_weight(groups.mean(1), groups.var(1, unbiased=False))[:, 0].numpy()
@@ -511,7 +511,7 @@ def examine(lab, learnt, seed, shards=20):
     low, high = share <= np.quantile(share, 0.25), share >= np.quantile(share, 0.75)
     ratings = logits, logits + np.log(of_shard)
     return [float(np.corrcoef(W, share)[0, 1]), float(W[low].mean()), float(W[high].mean()),
-            *(float(score_stage.auc(rating[good], rating[~good])) for rating in ratings)]
+            *(float(s3.auc(rating[good], rating[~good])) for rating in ratings)]
 
 
 def batches(lab, seeds):
@@ -616,14 +616,14 @@ def draw_curves(path, curves, cost):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8,
                   bbox_to_anchor=(0.5, 0.98), frameon=False)
     figure.tight_layout()
-    proxy_stage.save_figure(figure, path)
+    s1.save_figure(figure, path)
 
 
 def step_cost(lab, build, steps=20):
     """Processor seconds of one training step of a downstream model."""
     settings, pairs = lab.settings("web crawl", 0), lab.data("web crawl", 0)[0]
-    net = (build or proxy_stage.build_proxy)(settings, "cpu")
-    train = functools.partial(proxy_stage.train, net, pairs, batch_size=64, lr=1e-3, seed=0)
+    net = (build or s1.build_proxy)(settings, "cpu")
+    train = functools.partial(s1.train, net, pairs, batch_size=64, lr=1e-3, seed=0)
     train(steps=2)
     return timed(lambda: train(steps=steps))[1] / steps
 
@@ -631,8 +631,8 @@ def step_cost(lab, build, steps=20):
 # ---- (e) other downstream models -------------------------------------------------------------
 def wide(width, depth):
     """Builds a larger DiT on the pairs of the small one."""
-    return lambda settings, device: proxy_stage.DiT(settings.size, settings.patch, width, depth,
-                                                    settings.words)
+    return lambda settings, device: s1.DiT(settings.size, settings.patch, width, depth,
+                                           settings.words)
 
 
 def pretrain(lab, seed):
@@ -641,8 +641,8 @@ def pretrain(lab, seed):
         torch.manual_seed(seed)
         settings = lab.settings("web crawl", seed)
         pairs = draw_toy(len(lab.data("web crawl", seed)[0]), settings.size, seed + 500, "train")
-        net, steps = proxy_stage.build_proxy(settings, "cpu"), 8 * (len(pairs) // 64)
-        return proxy_stage.train(net, pairs, steps, 64, 5e-3, seed, train_stage.DECAY).state_dict()
+        net, steps = s1.build_proxy(settings, "cpu"), 8 * (len(pairs) // 64)
+        return s1.train(net, pairs, steps, 64, 5e-3, seed, s5.DECAY).state_dict()
     return lab.keep(f"pretrained-{seed}", make)
 
 
@@ -650,7 +650,7 @@ def adapt(lab, seed):
     """Builds the pretrained DiT with LoRA."""
     weights = pretrain(lab, seed)
 
-    def build(settings, device, usual=proxy_stage.build_proxy):
+    def build(settings, device, usual=s1.build_proxy):
         net = usual(settings, device)
         net.load_state_dict(weights)
         return add_lora(net)
@@ -670,7 +670,7 @@ def models(lab, seeds):
     head("model", "learnt parameters", "ms a step", "selection", "seeds", *METRICS)
     for name, (builder, epochs, lr, most) in MODELS.items():
         some, build = seeds[:most], builder(lab, seeds[0])
-        net = (build or proxy_stage.build_proxy)(lab.settings("web crawl", seeds[0]), "cpu")
+        net = (build or s1.build_proxy)(lab.settings("web crawl", seeds[0]), "cpu")
         count = sum(p.numel() for p in net.parameters() if p.requires_grad)
         about = name, f"{count / 1e6:.2f} M", f"{1000 * step_cost(lab, build):.0f}"
         if "LoRA" in name:
@@ -689,7 +689,7 @@ def measure(lab, build):
     """The metrics of a network as it is built."""
     judge, reference, test = lab.judge("web crawl")
     net = build(lab.settings("web crawl", 0), "cpu")
-    return train_stage.evaluate(net, test, judge, reference, 0)[0]
+    return s5.evaluate(net, test, judge, reference, 0)[0]
 
 
 # ---- (f) other corpora -----------------------------------------------------------------------

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import STAGES, areas  # noqa: E402
 
-proxy_stage, rater_stage, score_stage, _, eval_stage = STAGES
+s1, s2, s3, _, s5 = STAGES
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "0.35"
 STAGES = [("01_proxy.py", "warm up theta_hat\non all pairs (eq. 4)"),
           ("02_meta_rater.py", "which pairs help?\n(eqs. 5-9)"),
@@ -66,19 +66,19 @@ def draw_pipeline(path):
     arrow(axis, gap, W, "where it is low,\nW_i rises (eq. 6)", BLUE, (1.15, -0.05))
     axis.axhline(5.1, color="0.8", linewidth=1)
     axis.text(-1.5, 4.6, "one step of stage 2", fontsize=11, weight="bold")
-    proxy_stage.save_figure(figure, path)
+    s1.save_figure(figure, path)
 
 
 @torch.no_grad()
 def measure(nets, pairs, own_noise, draws, seed=0):
     """L(theta_hat; x_i) and the difference (N,), means of `draws` draws of t and eps."""
     x, c = pairs.batch(np.arange(len(pairs)))
-    rng, sums = proxy_stage.seeded(x.device, seed, "figure", own_noise), 0
+    rng, sums = s1.seeded(x.device, seed, "figure", own_noise), 0
     for _ in range(draws):
-        noise = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)
-        other = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT) if own_noise else noise
-        L_theta = proxy_stage.flow_loss(nets["proxy"], x, c, *other)
-        L_hat = proxy_stage.flow_loss(nets["ref"], x, c, *noise)
+        noise = s1.draw_noise(x, rng, s1.T_SHIFT)
+        other = s1.draw_noise(x, rng, s1.T_SHIFT) if own_noise else noise
+        L_theta = s1.flow_loss(nets["proxy"], x, c, *other)
+        L_hat = s1.flow_loss(nets["ref"], x, c, *noise)
         sums = sums + torch.stack([L_hat, L_theta - L_hat]) / draws
     return sums.numpy()
 
@@ -89,7 +89,7 @@ def draw_eq6(path, nets, pairs):
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True)
     for axis, own in zip(axes, (False, True)):
         L_hat, gap = measure(nets, pairs, own, draws=1)
-        for name, colour in proxy_stage.STRATUM_COLOURS.items():
+        for name, colour in s1.STRATUM_COLOURS.items():
             chosen = strata == name
             axis.plot(L_hat[chosen], gap[chosen], ".", color=colour, markersize=4,
                       label=name if chosen.any() else None)
@@ -103,7 +103,7 @@ def draw_eq6(path, nets, pairs):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=10,
                   bbox_to_anchor=(0.5, 0.98), frameon=False, markerscale=3)
     figure.tight_layout()
-    proxy_stage.save_figure(figure, path)
+    s1.save_figure(figure, path)
 
 
 def draw_retention(path, table):
@@ -119,12 +119,12 @@ def draw_retention(path, table):
                              if row["arm"].startswith(kind)})
             values = [[float(row[metric]) for row in rows if row["arm"] == f"{kind} {share}%"]
                       for share in shares]
-            means, halves = np.transpose([eval_stage.interval(column) for column in values])
+            means, halves = np.transpose([s5.interval(column) for column in values])
             axis.errorbar(shares, means, np.nan_to_num(halves), marker=mark, color=colour,
                           label=kind, capsize=2, markersize=4)
             axis.plot(shares, values, ".", color=colour, alpha=0.7, markersize=4)
         everything = [float(row[metric]) for row in full]
-        axis.errorbar(100, *eval_stage.interval(everything), marker="D", color="black", capsize=2,
+        axis.errorbar(100, *s5.interval(everything), marker="D", color="black", capsize=2,
                       label="full", linestyle="", markersize=4)
         axis.plot([100] * len(full), everything, ".", color="black", alpha=0.7, markersize=4)
         axis.set(xlabel="share of the corpus, %", xticks=[10, 20, 30, 40, 50, 100],
@@ -135,7 +135,7 @@ def draw_retention(path, table):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=10,
                   bbox_to_anchor=(0.5, 0.98), frameon=False)
     figure.tight_layout()
-    proxy_stage.save_figure(figure, path)
+    s1.save_figure(figure, path)
 
 
 NAMES = {"informative": "right pair", "planted-plain": "plain", "planted-noise": "noise",
@@ -144,11 +144,11 @@ NAMES = {"informative": "right pair", "planted-plain": "plain", "planted-noise":
 
 def draw_real(path, out):
     """Twelve random pairs from every fifth of the ranking, framed by what was planted in them."""
-    settings, _ = proxy_stage.load_proxy(out)
-    pairs = proxy_stage.load_data(settings, torch.device("cpu"))[0]
-    table = score_stage.read_table(Path(out) / "ratings.csv")
-    place = score_stage.percentiles(table["rating"])
-    rows = proxy_stage.find_rows(pairs, table["key"].tolist())
+    settings, _ = s1.load_proxy(out)
+    pairs = s1.load_data(settings, torch.device("cpu"))[0]
+    table = s3.read_table(Path(out) / "ratings.csv")
+    place = s3.percentiles(table["rating"])
+    rows = s1.find_rows(pairs, table["key"].tolist())
     figure = plt.figure(figsize=(13, 5.4))
     for band, part in enumerate(figure.subfigures(1, 5, wspace=0.04)):
         inside = np.flatnonzero((place // 20).astype(int) == band)
@@ -160,25 +160,25 @@ def draw_real(path, out):
         for axis, row in zip(axes.flat, chosen):
             x, _ = pairs.batch([row])
             axis.imshow((x[0].permute(1, 2, 0).numpy() + 1) / 2)
-            caption = pairs.captions[row].replace(proxy_stage.PLAIN_CAPTION, "white")
+            caption = pairs.captions[row].replace(s1.PLAIN_CAPTION, "white")
             words = caption.split(" ", 4)[-1]
             axis.set_title(words, fontsize=11, pad=3)
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
-                spine.set(color=proxy_stage.STRATUM_COLOURS[pairs.strata[row]], linewidth=4)
-    marks = [plt.Line2D([], [], color=proxy_stage.STRATUM_COLOURS[stratum], linewidth=5, label=name)
+                spine.set(color=s1.STRATUM_COLOURS[pairs.strata[row]], linewidth=4)
+    marks = [plt.Line2D([], [], color=s1.STRATUM_COLOURS[stratum], linewidth=5, label=name)
              for stratum, name in NAMES.items() if stratum in pairs.strata]
     figure.legend(handles=marks, loc="lower center", ncol=4, fontsize=14, frameon=False,
                   bbox_to_anchor=(0.5, -0.09))
-    proxy_stage.save_figure(figure, path)
+    s1.save_figure(figure, path)
 
 
 def main(argv=None):
-    args = proxy_stage.options(__doc__).parse_args(argv)
-    settings, _ = proxy_stage.load_proxy(args.out)
+    args = s1.options(__doc__).parse_args(argv)
+    settings, _ = s1.load_proxy(args.out)
     args.signal = "difference"
-    nets, _ = score_stage.load_nets(args, settings, "cpu")
-    pairs = proxy_stage.load_data(settings, "cpu")[0]
+    nets, _ = s3.load_nets(args, settings, "cpu")
+    pairs = s1.load_data(settings, "cpu")[0]
     if settings.plant:
         return draw_real(Path(args.out) / "real.png", args.out)
     draw_pipeline(Path(args.out) / "pipeline.png")

@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import STAGES, areas, cell, print_table, spearman, warm_up  # noqa: E402
 
-proxy_stage, rater_stage, score_stage, select_stage, eval_stage = STAGES
+s1, s2, s3, s4, s5 = STAGES
 OTHERS = ("chaotic-caption", "chaotic-noise", "plain")     # the strata in the order of the tables
 LEVELS = (0.4, 0.6, 0.8, 0.95)                             # t of the loss that is looked at
 
@@ -66,8 +66,8 @@ def part_by_descent(proxy, train, val, W, beta, steps):
     nets = copy.deepcopy(proxy), copy.deepcopy(proxy)
     for _ in range(steps):
         for net, with_val in zip(nets, (True, False)):
-            loss = (W * proxy_stage.flow_loss(net, *train)).sum()             # eq. 5
-            loss = loss + proxy_stage.flow_loss(net, *val).mean() if with_val else loss
+            loss = (W * s1.flow_loss(net, *train)).sum()             # eq. 5
+            loss = loss + s1.flow_loss(net, *val).mean() if with_val else loss
             grads = torch.autograd.grad(loss, list(net.parameters()))
             with torch.no_grad():
                 for p, g in zip(net.parameters(), grads):
@@ -80,13 +80,13 @@ def compare_gradients(proxy, train, val, other, beta, steps):
     the exact gradient over those of eq. 6. `other`: the training pairs under a second noise."""
     W = torch.full((len(train[0]),), 1 / len(train[0]))                       # (B,)
     start = time.process_time()
-    exact = rater_stage.exact_meta_gradient(proxy, train, val, W, beta, steps)    # (B,)
+    exact = s2.exact_meta_gradient(proxy, train, val, W, beta, steps)    # (B,)
     middle = time.process_time()
     theta, hat = part_by_descent(proxy, train, val, W, beta, steps)
     with torch.no_grad():
-        L_theta, L_hat = (proxy_stage.flow_loss(net, *train) for net in (theta, hat))
+        L_theta, L_hat = (s1.flow_loss(net, *train) for net in (theta, hat))
         seconds = time.process_time() - middle
-        L_far = proxy_stage.flow_loss(hat, *other)                            # (B,)
+        L_far = s1.flow_loss(hat, *other)                            # (B,)
     signals = (L_theta - L_hat, L_theta - L_far, L_theta)
     return [spearman(s, exact) for s in signals] + [(middle - start) / seconds]
 
@@ -94,11 +94,11 @@ def compare_gradients(proxy, train, val, other, beta, steps):
 def draw_pairs(seed, smoke, n=64):
     """The warm proxy, n training pairs, n validation pairs, the training pairs in other noise."""
     settings, (pairs, val, _), proxy = warm_up(seed, smoke)
-    (x, c), (x_val, c_val) = (split.batch(proxy_stage.batch_rows(len(split), n, 0, seed))
+    (x, c), (x_val, c_val) = (split.batch(s1.batch_rows(len(split), n, 0, seed))
                               for split in (pairs, val))
-    rng = proxy_stage.seeded("cpu", seed, "exact")
-    noises = [proxy_stage.draw_noise(x, rng, shift) for shift in
-              (proxy_stage.T_SHIFT, 0.0, proxy_stage.T_SHIFT)]
+    rng = s1.seeded("cpu", seed, "exact")
+    noises = [s1.draw_noise(x, rng, shift) for shift in
+              (s1.T_SHIFT, 0.0, s1.T_SHIFT)]
     return proxy, (x, c, *noises[0]), (x_val, c_val, *noises[1]), (x, c, *noises[2])
 
 
@@ -110,7 +110,7 @@ def measure_memory(proxy, train, val):
     found = []
     for steps in UNROLLED:
         with SavedBytes() as unrolled:
-            rater_stage.exact_meta_gradient(proxy, train, val, W, 0.01, steps)
+            s2.exact_meta_gradient(proxy, train, val, W, 0.01, steps)
         found.append(unrolled.megabytes())
     return one_step.megabytes(), found
 
@@ -124,7 +124,7 @@ def exact(args):
             for beta in BETAS:
                 numbers = compare_gradients(*batches, beta, steps)
                 found.setdefault((steps, beta), []).append(numbers)
-                proxy_stage.print0(f"seed {seed}  K {steps}  beta {beta}  " + "  ".join(
+                s1.print0(f"seed {seed}  K {steps}  beta {beta}  " + "  ".join(
                     f"{number:.3f}" for number in numbers))
     one_step, unrolled = measure_memory(*batches[:3])
     rows = [[steps, beta, *(cell(column, 3) for column in np.transpose(numbers)[:3]),
@@ -143,16 +143,16 @@ PER_STRATUM = 400                                          # pairs looked at, al
 def part_by_adamw(nets, pairs, val, seed, args, after):
     """Eq. 5 with W_i = 1 / B: `proxy` on validation and training pairs, `ref` on training pairs,
     `alone` on validation pairs only. The settings are those of stage 2, the rater is left out."""
-    opts = {name: proxy_stage.adamw(net, args.lr) for name, net in nets.items()}
-    batches = (proxy_stage.stream(split, proxy_stage.draw_batches(
+    opts = {name: s1.adamw(net, args.lr) for name, net in nets.items()}
+    batches = (s1.stream(split, s1.draw_batches(
         len(split), args.batch_size, seed, 0, max(APART))) for split in (pairs, val))
     for k, ((_, x, c), (_, x_val, c_val)) in enumerate(zip(*batches), 1):
-        rng = proxy_stage.seeded("cpu", seed, "part", k)
-        train = x, c, *proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)
-        trusted = x_val, c_val, *proxy_stage.draw_noise(x_val, rng)
+        rng = s1.seeded("cpu", seed, "part", k)
+        train = x, c, *s1.draw_noise(x, rng, s1.T_SHIFT)
+        trusted = x_val, c_val, *s1.draw_noise(x_val, rng)
         for name, parts in (("proxy", (trusted, train)), ("ref", (train,)), ("alone", (trusted,))):
-            loss = sum(proxy_stage.flow_loss(nets[name], *part).mean() for part in parts)
-            proxy_stage.descend(loss, nets[name], opts[name])
+            loss = sum(s1.flow_loss(nets[name], *part).mean() for part in parts)
+            s1.descend(loss, nets[name], opts[name])
         after(k)
 
 
@@ -160,9 +160,9 @@ def choose_pairs(pairs, seed):
     """x, c, eps and strata of up to PER_STRATUM pairs of every stratum."""
     strata = np.array(pairs.strata)
     rows = np.concatenate([np.flatnonzero(strata == name)[:PER_STRATUM]
-                           for name in proxy_stage.STRATA])
+                           for name in s1.STRATA])
     x, c = pairs.batch(rows)
-    eps = torch.randn(x.shape, generator=proxy_stage.seeded("cpu", seed, "look"))
+    eps = torch.randn(x.shape, generator=s1.seeded("cpu", seed, "look"))
     return x, c, eps, strata[rows]
 
 
@@ -171,7 +171,7 @@ def compare_losses(nets, x, c, eps, strata):
     """AUC (levels, 3) of one draw of L(theta; x_i) - L(theta_hat; x_i), low rated high."""
     found = []
     for t in LEVELS:
-        gaps = [proxy_stage.flow_loss(nets["proxy"], *part) - proxy_stage.flow_loss(
+        gaps = [s1.flow_loss(nets["proxy"], *part) - s1.flow_loss(
             nets["ref"], *part) for part in zip(*(v.split(PART) for v in (
                 x, c, torch.full((len(x),), t), eps)))]
         found.append(areas(-torch.cat(gaps).numpy(), strata, OTHERS))
@@ -184,13 +184,13 @@ def compare_inner_products(proxy, val, x, c, eps, strata, seed):
     By forward mode, every pair's derivative along g_val of all validation pairs in one pass.
     """
     x_val, c_val = val.batch(np.arange(len(val)))
-    noise = proxy_stage.draw_noise(x_val, proxy_stage.seeded("cpu", seed, "g_val"))
+    noise = s1.draw_noise(x_val, s1.seeded("cpu", seed, "g_val"))
     params = {name: p.detach() for name, p in proxy.named_parameters()}
-    loss = proxy_stage.flow_loss(proxy, x_val, c_val, *noise).mean()
+    loss = s1.flow_loss(proxy, x_val, c_val, *noise).mean()
     g_val = dict(zip(params, torch.autograd.grad(loss, list(proxy.parameters()))))
 
     def along(part):
-        return jvp(lambda params: proxy_stage.flow_loss(
+        return jvp(lambda params: s1.flow_loss(
             lambda *inputs: functional_call(proxy, params, inputs), *part), (params,), (g_val,))[1]
     found = []
     with sdpa_kernel(SDPBackend.MATH):                     # fused attention has no forward mode
@@ -203,8 +203,8 @@ def compare_inner_products(proxy, val, x, c, eps, strata, seed):
 def train_on_trusted(val, seed, smoke):
     """RHO-LOSS's own holdout model: from scratch on validation pairs, with stage 1's settings."""
     settings = warm_up(seed, smoke)[0]
-    net = proxy_stage.build_proxy(settings, "cpu")
-    return proxy_stage.train(net, val, settings.steps, settings.batch_size, settings.lr, seed)
+    net = s1.build_proxy(settings, "cpu")
+    return s1.train(net, val, settings.steps, settings.batch_size, settings.lr, seed)
 
 
 @torch.no_grad()
@@ -213,27 +213,27 @@ def compare_holdouts(nets, x, c, strata, seed):
     found = {}
     chaotic = np.char.startswith(strata, "chaotic")
     for name in ("proxy", "alone", "scratch"):
-        parts = [score_stage.baselines(nets[name], nets["ref"], *part, proxy_stage.seeded(
+        parts = [s3.baselines(nets[name], nets["ref"], *part, s1.seeded(
             "cpu", seed, "holdout", k))[1] for k, part in enumerate(zip(x.split(PART),
                                                                         c.split(PART)))]
         rating = -torch.cat(parts).numpy()
         found[name] = [*areas(rating, strata, OTHERS),
-                       score_stage.auc(rating[strata == "plain"], rating[chaotic])]
+                       s3.auc(rating[strata == "plain"], rating[chaotic])]
     return found
 
 
 def measure_distance(seed, smoke):
     """Of one seed: AUC (steps, levels, 3), of inner products (levels, 3), by kind of theta."""
     settings, (pairs, val, _), proxy = warm_up(seed, smoke)
-    args = rater_stage.parse_args(["--smoke"] * smoke)
+    args = s2.parse_args(["--smoke"] * smoke)
     x, c, eps, strata = choose_pairs(pairs, seed)
     nets, curve = {name: copy.deepcopy(proxy) for name in ("proxy", "ref", "alone")}, []
 
     def after(k):
         if k in APART:
             curve.append(compare_losses(nets, x, c, eps, strata))
-            proxy_stage.print0(f"seed {seed}  {k:3d} steps apart, t = {LEVELS[2]}: "
-                               f"{np.round(curve[-1][2], 3)}")
+            s1.print0(f"seed {seed}  {k:3d} steps apart, t = {LEVELS[2]}: "
+                      f"{np.round(curve[-1][2], 3)}")
     inner = compare_inner_products(proxy, val, x, c, eps, strata, seed)
     part_by_adamw(nets, pairs, val, seed, args, after)
     nets["scratch"] = train_on_trusted(val, seed, smoke)
@@ -271,11 +271,11 @@ def draw_distance(path, curves, inner):
         axis.axhline(0.5, color="0.6", linewidth=1)
         for level, t in enumerate(LEVELS):
             colour = plt.cm.viridis(level / len(LEVELS))
-            mean, half = np.transpose([eval_stage.interval(v) for v in curves[:, :, level, k].T])
+            mean, half = np.transpose([s5.interval(v) for v in curves[:, :, level, k].T])
             axis.plot(APART, mean, "o-", color=colour, label=f"t = {t}", linewidth=2)
             axis.fill_between(APART, mean - half, (mean + half).clip(max=1), color=colour,
                               alpha=0.08)
-            mean, half = eval_stage.interval(inner[:, level, k])
+            mean, half = s5.interval(inner[:, level, k])
             axis.errorbar(0.35 * 1.2 ** level, mean, half, fmt="D", color=colour, capsize=3,
                           markerfacecolor="white", markersize=8)
         axis.set_xscale("log")
@@ -288,7 +288,7 @@ def draw_distance(path, curves, inner):
     axes[0].set_ylabel("AUC of one draw (0.5 = chance)", fontsize=13)
     axes[0].legend(fontsize=12, frameon=False)
     figure.tight_layout()
-    proxy_stage.save_figure(figure, path)
+    s1.save_figure(figure, path)
 
 
 # ---- validation: what the trusted pairs may be -----------------------------------------------
@@ -301,8 +301,8 @@ TRUSTED = {                # pairs, share of plain ones, share of wrong captions
 
 def spoil(val, settings, count, plain, wrong):
     """The first `count` validation pairs, some replaced, over and over up to the length of val."""
-    pool = proxy_stage.draw_toy(8 * len(val), settings.size, settings.seed + 1000, "train",
-                                settings.words)
+    pool = s1.draw_toy(8 * len(val), settings.size, settings.seed + 1000, "train",
+                       settings.words)
     strata, images, tokens = np.array(pool.strata), val.images.clone(), val.tokens.clone()
     count, first = min(count, len(val)), 0
     for stratum, share in (("plain", plain), ("chaotic-caption", wrong)):
@@ -311,19 +311,19 @@ def spoil(val, settings, count, plain, wrong):
         images[places], tokens[places] = pool.images[rows], pool.tokens[rows]
         first += len(rows)
     rows = np.resize(np.arange(count), len(val))
-    return proxy_stage.Pairs(images[rows], tokens[rows], val.keys, val.captions, val.strata)
+    return s1.Pairs(images[rows], tokens[rows], val.keys, val.captions, val.strata)
 
 
 @functools.lru_cache(maxsize=None)
 def rate(seed, smoke, signal="difference", trusted=next(iter(TRUSTED))):
     """Logits (N,) of the training pairs after stage 2, with these validation pairs."""
     settings, (pairs, val, _), proxy = warm_up(seed, smoke)
-    args = rater_stage.parse_args(["--seed", str(seed), "--signal", signal] + ["--smoke"] * smoke)
+    args = s2.parse_args(["--seed", str(seed), "--signal", signal] + ["--smoke"] * smoke)
     torch.manual_seed(seed)
     nets = {"proxy": copy.deepcopy(proxy), "ref": copy.deepcopy(proxy),
-            "rater": rater_stage.Rater(settings.size, settings.patch, settings.words)}
-    rater_stage.learn(nets, pairs, spoil(val, settings, *TRUSTED[trusted]), args,
-                      pairs.batch(np.arange(8)), proxy_stage.Progress())
+            "rater": s2.Rater(settings.size, settings.patch, settings.words)}
+    s2.learn(nets, pairs, spoil(val, settings, *TRUSTED[trusted]), args,
+             pairs.batch(np.arange(8)), s1.Progress())
     with torch.no_grad():
         return nets["rater"].logits(nets["rater"].features(*pairs.batch(np.arange(len(pairs)))))
 
@@ -342,22 +342,22 @@ def validation(args):
         numbers = np.transpose(numbers)
         rows.append([name, *(cell(v, 3) for v in numbers[:3]), cell(numbers[3], 1),
                      " ".join(f"{share:.0f}" for share in np.mean(deciles, 0))])
-        proxy_stage.print0(*rows[-1])
+        s1.print0(*rows[-1])
     print_table(["validation pairs", *(f"over {other}" for other in OTHERS),
                  "% informative in the top half", "in every tenth, best first"], rows)
 
 
 # ---- diversity: purity and coverage of a selection -------------------------------------------
 KEEP = (0.1, 0.2, 0.3, 0.5)
-SIGNALS = {"eq. 6": ("difference", eval_stage.EQ6), "eq. 9": ("loss", eval_stage.EQ9)}
+SIGNALS = {"eq. 6": ("difference", s5.EQ6), "eq. 9": ("loss", s5.EQ9)}
 MARKERS = {"random": "s", "Top-K": "^", "Block": "v", "Gsample": "o", "Shift-Gsample": "D"}
 
 
 def list_selections():
     """(signal's name or '', rule, Arm of stage 5) of everything that is compared."""
-    chosen = [("", "random", eval_stage.Arm(f"random {keep:.0%}", keep=keep)) for keep in KEEP]
-    return chosen + [(label, rule, eval_stage.ruled(SIGNALS[label][1], rule, keep))
-                     for label in SIGNALS for rule in eval_stage.RULES for keep in KEEP]
+    chosen = [("", "random", s5.Arm(f"random {keep:.0%}", keep=keep)) for keep in KEEP]
+    return chosen + [(label, rule, s5.ruled(SIGNALS[label][1], rule, keep))
+                     for label in SIGNALS for rule in s5.RULES for keep in KEEP]
 
 
 def count_combinations(captions):
@@ -369,7 +369,7 @@ def count_combinations(captions):
     if not len(counts):
         return np.zeros(2)
     shares = counts / counts.sum()
-    possible = len(proxy_stage.COLOURS) * len(proxy_stage.GROUNDS) * len(proxy_stage.SHAPES)
+    possible = len(s1.COLOURS) * len(s1.GROUNDS) * len(s1.SHAPES)
     return np.array([len(counts), np.exp(-(shares * np.log(shares)).sum())]) / possible
 
 
@@ -387,22 +387,22 @@ def describe_rows(pairs, rows, seed):
 def measure_selections(seed, args):
     """Per selection: the four numbers of describe_rows, held-out loss and match of one model."""
     settings, (pairs, val, test), _ = warm_up(seed, args.smoke)
-    flags = eval_stage.parse_args(["--smoke"] * args.smoke)
-    judge = score_stage.train_contrast(
-        test, 20 if flags.smoke else score_stage.CONTRAST_STEPS, seed)
-    reference = eval_stage.moments(judge.embed_images(test.batch(np.arange(
-        min(eval_stage.DRAWN, len(test))))[0])[0])
+    flags = s5.parse_args(["--smoke"] * args.smoke)
+    judge = s3.train_contrast(
+        test, 20 if flags.smoke else s3.CONTRAST_STEPS, seed)
+    reference = s5.moments(judge.embed_images(test.batch(np.arange(
+        min(s5.DRAWN, len(test))))[0])[0])
     found, file = [], Path(args.out) / "selection.npy"
     for label, _, arm in list_selections():
         rating = (rate(seed, args.smoke, SIGNALS[label][0]).numpy() if label
                   else np.zeros(len(pairs)))
-        rows, _ = select_stage.select(rating, arm.method, arm.keep, seed=seed, **arm.settings)
+        rows, _ = s4.select(rating, arm.method, arm.keep, seed=seed, **arm.settings)
         np.save(file, rows)
-        result, _ = eval_stage.run_arm(eval_stage.Arm(arm.name, file=str(file)), seed, flags,
-                                       settings, pairs, test, judge, reference,
-                                       proxy_stage.Progress())
+        result, _ = s5.run_arm(s5.Arm(arm.name, file=str(file)), seed, flags,
+                               settings, pairs, test, judge, reference,
+                               s1.Progress())
         found.append([*describe_rows(pairs, rows, seed), result["held-out"], result["match"]])
-        proxy_stage.print0(f"seed {seed}  {arm.name:28}", *(f"{v:.3f}" for v in found[-1]))
+        s1.print0(f"seed {seed}  {arm.name:28}", *(f"{v:.3f}" for v in found[-1]))
     file.unlink()
     return found
 
@@ -440,7 +440,7 @@ def draw_diversity(path, found):
                   bbox_to_anchor=(0.5, 0.97), frameon=False)
     figure.tight_layout()
     figure.colorbar(marks, ax=axes, label="match of the trained model, %", pad=0.01)
-    proxy_stage.save_figure(figure, path)
+    s1.save_figure(figure, path)
 
 
 QUESTIONS = {"exact": exact, "distance": distance, "validation": validation,

@@ -26,7 +26,7 @@ import torch.nn as nn
 
 from common import STAGES, cell, head, show
 
-proxy_stage, rater_stage, score_stage, select_stage, eval_stage = STAGES
+s1, s2, s3, s4, s5 = STAGES
 SIMILAR = (("t-shirt", "shirt", "pullover", "coat", "dress"), ("sneaker", "sandal", "ankle boot"))
 CHECKS = (100, 200, 400)   # meta steps at which the AUC is taken
 PROBE = 2000               # training pairs that the AUC is taken over
@@ -52,9 +52,9 @@ def open_corpus(name, args, seed):
         raise SystemExit(f"{name}: a corpus is {', '.join(CORPORA)} or NAME=TRAIN,VAL")
     if args.root:
         flags = [*flags, "--root", args.root]
-    settings = proxy_stage.parse_args([*flags, "--seed", str(seed)] + ["--smoke"] * args.smoke)
+    settings = s1.parse_args([*flags, "--seed", str(seed)] + ["--smoke"] * args.smoke)
     settings.out = None
-    splits = proxy_stage.load_data(settings, torch.device("cpu"))
+    splits = s1.load_data(settings, torch.device("cpu"))
     if name == "similar":
         splits[0] = swap_similar(splits[0], 0.4, seed)
     return name, settings, splits
@@ -67,17 +67,17 @@ def swap_similar(pairs, share, seed):
     for row, caption in enumerate(captions):
         group = next((group for group in SIMILAR if caption.split(" ", 4)[-1] in group), ())
         if group and rng.random() < share:
-            others = [proxy_stage.name_class(name) for name in group]
+            others = [s1.name_class(name) for name in group]
             captions[row] = rng.choice([other for other in others if other != caption])
             strata[row] = "planted-caption"
-    tokens = proxy_stage.tokenize(captions, pairs.tokens.shape[1])
-    return proxy_stage.Pairs(pairs.images, tokens, pairs.keys, captions, strata)
+    tokens = s1.tokenize(captions, pairs.tokens.shape[1])
+    return s1.Pairs(pairs.images, tokens, pairs.keys, captions, strata)
 
 
 def areas(values, strata):
     """{stratum: AUC of right pairs above it}."""
     dirt = sorted(set(strata) - {"informative"})
-    return {name: score_stage.auc(values[strata == "informative"], values[strata == name])
+    return {name: s3.auc(values[strata == "informative"], values[strata == name])
             for name in dirt}
 
 
@@ -104,12 +104,12 @@ class Eyes(nn.Module):
         f = self.look(x, c)
         return self.norm(torch.cat([f, f - self.look(x, 0 * c)], 1) if self.empty else f)
 
-    logits, group_weight = rater_stage.Rater.logits, rater_stage.Rater.group_weight
+    logits, group_weight = s2.Rater.logits, s2.Rater.group_weight
 
 
 def build_raters(settings, proxy):
     torch.manual_seed(settings.seed)
-    return {"own encoder": rater_stage.Rater(settings.size, settings.patch, settings.words),
+    return {"own encoder": s2.Rater(settings.size, settings.patch, settings.words),
             "theta_hat frozen": Eyes(proxy, True, False),
             "frozen, and without the caption": Eyes(proxy, True, True),
             "theta_hat fine-tuned": Eyes(proxy, False, False)}
@@ -126,13 +126,13 @@ def proxy_losses(nets, train, val, rng, W, dropped, training_term):
     """Steps of both proxies (eq. 5 or a variant), and the difference (B,) before them."""
     (x, c), (x_val, c_val) = train, val
     if dropped:
-        c, c_val = (proxy_stage.drop_captions(words, rng) for words in (c, c_val))
-    t, eps = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)
-    L_val = proxy_stage.flow_loss(nets["proxy"], x_val, c_val,
-                                  *proxy_stage.draw_noise(x_val, rng)).mean()
+        c, c_val = (s1.drop_captions(words, rng) for words in (c, c_val))
+    t, eps = s1.draw_noise(x, rng, s1.T_SHIFT)
+    L_val = s1.flow_loss(nets["proxy"], x_val, c_val,
+                         *s1.draw_noise(x_val, rng)).mean()
     with torch.set_grad_enabled(training_term):
-        L_theta = proxy_stage.flow_loss(nets["proxy"], x, c, t, eps)
-    L_hat = proxy_stage.flow_loss(nets["ref"], x, c, t, eps)
+        L_theta = s1.flow_loss(nets["proxy"], x, c, t, eps)
+    L_hat = s1.flow_loss(nets["ref"], x, c, t, eps)
     return ({"proxy": L_val + (W * L_theta).sum() * training_term, "ref": (W * L_hat).sum()},
             (L_theta - L_hat).detach())
 
@@ -142,11 +142,11 @@ def signals(nets, pairs, seed):
     found = []
     with torch.no_grad():
         for k, rows in enumerate(np.array_split(np.arange(len(pairs)), len(pairs) // 512 + 1)):
-            rng, (x, c) = proxy_stage.seeded("cpu", seed, "signals", k), pairs.batch(rows)
+            rng, (x, c) = s1.seeded("cpu", seed, "signals", k), pairs.batch(rows)
             sums = torch.zeros(5, len(x))
-            for _ in range(score_stage.DRAWS):
-                noise = proxy_stage.draw_noise(x, rng, proxy_stage.T_SHIFT)
-                L, H, L0, H0 = (proxy_stage.flow_loss(net, x, words, *noise) for words in
+            for _ in range(s3.DRAWS):
+                noise = s1.draw_noise(x, rng, s1.T_SHIFT)
+                L, H, L0, H0 = (s1.flow_loss(net, x, words, *noise) for words in
                                 (c, 0 * c) for net in (nets["proxy"], nets["ref"]))
                 sums += torch.stack([H - L, -H, H0 - H, L0 - L, (L0 - L) - (H0 - H)])
             found.append(sums)
@@ -158,27 +158,27 @@ def signals(nets, pairs, seed):
 def walk(settings, splits, proxy, steps, dropped, training_term, raters=(), after=lambda k: None):
     """Both proxies over `steps` meta steps; every rater learns from one signal. Returns them."""
     nets = {"proxy": copy.deepcopy(proxy), "ref": copy.deepcopy(proxy)}
-    opts = {name: proxy_stage.adamw(net, 1e-3) for name, net in nets.items()}
-    rater_opts = {name: proxy_stage.adamw(rater, 1e-3) for name, rater in dict(raters).items()}
+    opts = {name: s1.adamw(net, 1e-3) for name, net in nets.items()}
+    rater_opts = {name: s1.adamw(rater, 1e-3) for name, rater in dict(raters).items()}
     spent = dict.fromkeys(dict(raters), 0.0)
-    batches = [proxy_stage.stream(split, proxy_stage.draw_batches(len(split), 64, settings.seed, 0,
+    batches = [s1.stream(split, s1.draw_batches(len(split), 64, settings.seed, 0,
                                                                  steps)) for split in splits[:2]]
     for k, ((_, x, c), (_, *val)) in enumerate(zip(*batches), 1):
-        rng = proxy_stage.seeded("cpu", settings.seed, "meta", k)
+        rng = s1.seeded("cpu", settings.seed, "meta", k)
         W = torch.full((len(x),), 1 / len(x))
         losses, gap = proxy_losses(nets, (x, c), val, rng, W, dropped, training_term)
-        s = rater_stage.rank_normal(gap.view(-1, 32))
+        s = s2.rank_normal(gap.view(-1, 32))
         for name, rater in dict(raters).items():
             start = time.perf_counter()
-            W_inst, W_batch = rater_stage.weigh(rater, x, c, 32)
+            W_inst, W_batch = s2.weigh(rater, x, c, 32)
             total = (gap.view(-1, 32) * W_inst.detach()).sum(1)
-            loss = (rater_stage.rater_objective(W_inst, W_batch, s,
-                                                rater_stage.rank_normal(total)[:, None])
-                    + rater_stage.negative_entropy(W_inst, W_batch))
-            proxy_stage.descend(loss, rater, rater_opts[name])
+            loss = (s2.rater_objective(W_inst, W_batch, s,
+                                       s2.rank_normal(total)[:, None])
+                    + s2.negative_entropy(W_inst, W_batch))
+            s1.descend(loss, rater, rater_opts[name])
             spent[name] += time.perf_counter() - start
         for name, loss in losses.items():
-            proxy_stage.descend(loss, nets[name], opts[name])
+            s1.descend(loss, nets[name], opts[name])
         after(k)
     return nets, {name: 1000 * seconds / steps for name, seconds in spent.items()}
 
@@ -186,8 +186,8 @@ def walk(settings, splits, proxy, steps, dropped, training_term, raters=(), afte
 def warm(settings, pairs):
     """The warm proxy, the pairs that the AUC is taken over, and their strata."""
     torch.manual_seed(settings.seed)
-    proxy = proxy_stage.build_proxy(settings, "cpu")
-    proxy_stage.train(proxy, pairs, settings.steps, settings.batch_size, settings.lr, settings.seed)
+    proxy = s1.build_proxy(settings, "cpu")
+    s1.train(proxy, pairs, settings.steps, settings.batch_size, settings.lr, settings.seed)
     rows = np.random.default_rng(settings.seed).permutation(len(pairs))[:PROBE]
     probe = pairs.take(np.sort(rows))
     return proxy, probe, np.array(probe.strata)
@@ -258,19 +258,19 @@ def rate_corpus(settings, splits, out, smoke):
     start, tables, smoke = time.perf_counter(), {}, ["--smoke"] * smoke
     common = ["--out", str(out), "--seed", str(settings.seed), *smoke]
     settings.out = str(out)
-    unseen = mock.patch.multiple(score_stage, draw_bands=mock.DEFAULT, draw_dynamics=mock.DEFAULT,
+    unseen = mock.patch.multiple(s3, draw_bands=mock.DEFAULT, draw_dynamics=mock.DEFAULT,
                                  draw_histogram=mock.DEFAULT)
-    with mock.patch.object(proxy_stage, "load_data", lambda *_: splits), unseen:
-        proxy_stage.launch(proxy_stage.main, settings)
+    with mock.patch.object(s1, "load_data", lambda *_: splits), unseen:
+        s1.launch(s1.main, settings)
         for signal in ("difference", "loss"):
             flags = [*common, "--signal", signal]
-            proxy_stage.launch(rater_stage.main, rater_stage.parse_args(flags))
+            s1.launch(s2.main, s2.parse_args(flags))
             flags += ["--baselines"] * (signal == "difference")
-            proxy_stage.launch(score_stage.main, score_stage.parse_args(flags))
-            tables[signal] = score_stage.read_table(
-                out / f"ratings{rater_stage.suffix(signal)}.csv")
-    found = {name: select_stage.join([sign * tables[signal][column] for signal, column, sign in
-                                      parts]) for name, parts in SIGNALS.items()}
+            s1.launch(s3.main, s3.parse_args(flags))
+            tables[signal] = s3.read_table(
+                out / f"ratings{s2.suffix(signal)}.csv")
+    found = {name: s4.join([sign * tables[signal][column] for signal, column, sign in
+                            parts]) for name, parts in SIGNALS.items()}
     return found, time.perf_counter() - start
 
 
@@ -299,12 +299,12 @@ def ask_signals(args, judged=None):
 def list_selections(found, strata, seed):
     """Baselines, then {arm: (rows, epochs in units of the others')}."""
     n = len(strata)
-    chosen = {"full": np.arange(n), "random 50%": select_stage.select(
+    chosen = {"full": np.arange(n), "random 50%": s4.select(
         np.zeros(n), "random", 0.5, seed=seed)[0]}
     for name, rating in found.items():
-        chosen[f"{name}, Top-K 50%"] = select_stage.select(rating, "topk", 0.5)[0]
+        chosen[f"{name}, Top-K 50%"] = s4.select(rating, "topk", 0.5)[0]
     for name in ("eq. 6", "eq. 9"):
-        chosen[f"{name}, Shift-Gsample 50%"] = select_stage.select(
+        chosen[f"{name}, Shift-Gsample 50%"] = s4.select(
             found[name], "shift-gsample", 0.5, seed=seed)[0]
     chosen["oracle: all right pairs"] = np.flatnonzero(strata == "informative")
     arms = {name: (rows, 1) for name, rows in chosen.items()}
@@ -314,34 +314,34 @@ def list_selections(found, strata, seed):
 
 def ask_arms(args):
     """The same model trained on every selection: stage 5's tables, with a rating for each seed."""
-    flags = eval_stage.parse_args(["--smoke"] * args.smoke)
+    flags = s5.parse_args(["--smoke"] * args.smoke)
     results, floors = [], []
 
     def judged(name, settings, splits, found):
         pairs, val, test = splits
         strata, seed = np.array(pairs.strata), settings.seed
-        judge = score_stage.train_contrast(
-            test, 20 if args.smoke else score_stage.CONTRAST_STEPS, seed)
-        (x, _), (other, _) = (split.batch(np.arange(min(eval_stage.DRAWN, len(split))))
+        judge = s3.train_contrast(
+            test, 20 if args.smoke else s3.CONTRAST_STEPS, seed)
+        (x, _), (other, _) = (split.batch(np.arange(min(s5.DRAWN, len(split))))
                               for split in (test, val))
-        reference = eval_stage.moments(judge.embed_images(x)[0])
-        floors.append(eval_stage.judge_images(judge, other, val.captions[:len(other)], reference))
+        reference = s5.moments(judge.embed_images(x)[0])
+        floors.append(s5.judge_images(judge, other, val.captions[:len(other)], reference))
         for arm, (rows, times) in list_selections(found, strata, seed).items():
             torch.manual_seed(seed)
-            net, start = proxy_stage.build_proxy(settings, "cpu"), time.perf_counter()
+            net, start = s1.build_proxy(settings, "cpu"), time.perf_counter()
             steps = times * flags.epochs * (len(rows) // flags.batch_size)
-            proxy_stage.train(net, pairs.take(rows), steps, flags.batch_size, args.lr, seed,
-                              decay=eval_stage.DECAY)
+            s1.train(net, pairs.take(rows), steps, flags.batch_size, args.lr, seed,
+                     decay=s5.DECAY)
             spent = time.perf_counter() - start
-            numbers, _ = eval_stage.evaluate(net, test, judge, reference, seed)
+            numbers, _ = s5.evaluate(net, test, judge, reference, seed)
             shares = {stratum: float(np.mean(strata[rows] == stratum)) for stratum in
-                      proxy_stage.STRATUM_COLOURS if stratum in strata}
+                      s1.STRATUM_COLOURS if stratum in strata}
             results.append({"arm": arm, "seed": seed, "pairs": len(rows), "steps": steps,
                             "seconds": spent, **numbers, **shares})
             print(f"{name} seed {seed} {arm:32} " + "  ".join(
                 f"{key} {numbers[key]:.3f}" for key in numbers), file=sys.stderr, flush=True)
         if args.csv:
-            proxy_stage.write_csv(args.csv, list(results[0]), [
+            s1.write_csv(args.csv, list(results[0]), [
                 [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()]
                 for row in results])
 
@@ -349,9 +349,9 @@ def ask_arms(args):
         raise SystemExit("arms takes one corpus")
     ask_signals(args, judged)
     names = dict.fromkeys(row["arm"] for row in results)
-    arms = [eval_stage.Arm(name, "" if name in ("full", "random 50%") else "ratings")
+    arms = [s5.Arm(name, "" if name in ("full", "random 50%") else "ratings")
             for name in names]
-    print("\n" + eval_stage.tabulate(results, arms, "real images: " + ", ".join(
+    print("\n" + s5.tabulate(results, arms, "real images: " + ", ".join(
         f"{key} {cell([floor[key] for floor in floors])}" for key in floors[0])))
 
 
@@ -365,7 +365,7 @@ def ask_curve(args):
                 name, settings, (pairs, val, _) = open_corpus(corpus, args, seed)
                 settings.width, settings.steps = width, points[-1]
                 torch.manual_seed(seed)
-                proxy = proxy_stage.build_proxy(settings, "cpu")
+                proxy = s1.build_proxy(settings, "cpu")
                 rows = np.random.default_rng(seed).permutation(len(pairs))[:PROBE]
                 probe = pairs.take(np.sort(rows))
 
@@ -374,11 +374,11 @@ def ask_curve(args):
                         gain = signals({"proxy": proxy, "ref": proxy}, probe, seed)[
                             "caption gain of theta_hat"]
                         found = {**areas(gain, np.array(probe.strata)), "captions read":
-                                 proxy_stage.read_captions(proxy, val, seed)}
+                                 s1.read_captions(proxy, val, seed)}
                         for what, value in found.items():
                             table.setdefault((width, what, step), []).append(value)
-                proxy_stage.train(proxy, pairs, points[-1], settings.batch_size, settings.lr, seed,
-                                  after=after)
+                s1.train(proxy, pairs, points[-1], settings.batch_size, settings.lr, seed,
+                         after=after)
         head(f"{name}: width", "AUC of the caption gain over", *(f"{k} steps" for k in points))
         for width, what in dict.fromkeys(key[:2] for key in table):
             show(width, what, *(cell(table[width, what, k], 3) for k in points))

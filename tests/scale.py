@@ -23,7 +23,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-proxy_stage, rater_stage, score_stage, select_stage = (importlib.import_module(name) for name in (
+s1, s2, s3, s4 = (importlib.import_module(name) for name in (
     "01_proxy", "02_meta_rater", "03_score", "04_select"))
 PER_TAR, WEB = 10_000, 30_000_000
 
@@ -61,11 +61,11 @@ def rate_of(batches):
 
 def score_rate(pairs):
     """Pairs a second of stage 3 with untrained nets of the default size."""
-    nets = {name: proxy_stage.DiT(16, 4, 64, 3, 8) for name in ("proxy", "ref")}
-    nets["rater"] = rater_stage.Rater(16, 4, 8)
+    nets = {name: s1.DiT(16, 4, 64, 3, 8) for name in ("proxy", "ref")}
+    nets["rater"] = s2.Rater(16, 4, 8)
     with tempfile.NamedTemporaryFile() as file:
-        _, seconds = timed(lambda: score_stage.score(nets, 32, pairs, file.name, 0,
-                                                     proxy_stage.Progress()))
+        _, seconds = timed(lambda: s3.score(nets, 32, pairs, file.name, 0,
+                                            s1.Progress()))
     return f"{len(pairs) / seconds:,.0f} pairs a second"
 
 
@@ -103,26 +103,26 @@ def main(count, web=WEB):
         folder = Path(name)
         for kind in ("npy", "csv"):                        # the peak is of the largest so far
             print(f"| selection of {web:,} ratings, .{kind} | {select_rows(folder, kind, web)} |")
-        (hashes, _), seconds = timed(lambda: select_stage.read_ratings(
-            folder / "ratings.csv", "rating", proxy_stage.hash_key))
+        (hashes, _), seconds = timed(lambda: s4.read_ratings(
+            folder / "ratings.csv", "rating", s1.hash_key))
         print(f"| stage 5 reads these ratings, once for all arms and seeds | {seconds:.1f} s, "
               f"{16 * len(hashes) / 1e9:.2f} GB |")
         (folder / "ratings.csv").unlink()
         pack(folder, count)
-        pairs, first = timed(lambda: proxy_stage.open_pairs(folder, 16, 8, folder))
-        pairs, again = timed(lambda: proxy_stage.open_pairs(folder, 16, 8, folder))
+        pairs, first = timed(lambda: s1.open_pairs(folder, 16, 8, folder))
+        pairs, again = timed(lambda: s1.open_pairs(folder, 16, 8, folder))
         each = pairs.entries.nbytes / len(pairs)
         print(f"| index of {len(pairs):,} pairs | {first:.0f} s ({len(pairs) / first:,.0f} pairs a "
               f"second), opened again in {again:.1f} s |")
         print(f"| memory of the index | {each:.0f} bytes a pair, {each * WEB / 1e9:.2f} GB for 30 "
               f"million, {8 * each * WEB / 1e9:.1f} GB in 8 processes |")
         twice = [tar for tar in sorted(folder.glob("*.tar")) for _ in (0, 1)]
-        _, seconds = timed(lambda: proxy_stage.open_pairs(link_twice(folder, twice), 16, 8))
+        _, seconds = timed(lambda: s1.open_pairs(link_twice(folder, twice), 16, 8))
         print(f"| index of the same with every key twice | {seconds:.0f} s |")
         keys = pairs.name(range(min(1000, len(pairs)))) * (len(pairs) // 1000 + 1)
-        _, seconds = timed(lambda: proxy_stage.find_rows(pairs, keys))
+        _, seconds = timed(lambda: s1.find_rows(pairs, keys))
         print(f"| rows of {len(keys):,} keys | {seconds:.1f} s |")
-        _, seconds = timed(lambda: proxy_stage.shuffle(WEB, 0, 0))
+        _, seconds = timed(lambda: s1.shuffle(WEB, 0, 0))
         print(f"| an epoch's order of 30 million pairs | {seconds:.1f} s, {8 * WEB / 1e9:.2f} GB |")
         rows = np.random.default_rng(0).permutation(len(pairs))[:20000].reshape(-1, 500)
         ahead = np.arange(rows.size).reshape(rows.shape) % len(pairs)
@@ -131,10 +131,10 @@ def main(count, web=WEB):
         print(f"| scoring from tars | {score_rate(pairs.take(ahead.ravel()))} |")
         (folder / "new").mkdir()
         rows = np.split(ahead.ravel(), 2)
-        _, seconds = timed(lambda: [select_stage.write_shard(folder / f"new/{k}.tar", pairs.take(
+        _, seconds = timed(lambda: [s4.write_shard(folder / f"new/{k}.tar", pairs.take(
             part)) for k, part in enumerate(rows)])
         print(f"| new shards, by one of the cores | {ahead.size / seconds:,.0f} pairs a second |")
-    toy = proxy_stage.draw_toy(4000, 16, 0, "train")
+    toy = s1.draw_toy(4000, 16, 0, "train")
     print(f"| scoring resident pairs, one thread | {score_rate(toy)} |")
 
 

@@ -64,26 +64,26 @@ def test_two_processes_do_what_one_does(chain, tmp_path):
 ONE_STEP = """
 import importlib, sys, torch
 sys.path.insert(0, sys.argv[1])
-proxy_stage, rater_stage = (importlib.import_module(name) for name in ("01_proxy", "02_meta_rater"))
+s1, s2 = (importlib.import_module(name) for name in ("01_proxy", "02_meta_rater"))
 
 def main(args, device):
     torch.manual_seed(0)
-    nets = {name: proxy_stage.DiT(16, 4, 16, 1, 8) for name in ("proxy", "ref")}
-    nets["rater"] = rater_stage.Rater(16, 4, 8, 16, 1)
+    nets = {name: s1.DiT(16, 4, 16, 1, 8) for name in ("proxy", "ref")}
+    nets["rater"] = s2.Rater(16, 4, 8, 16, 1)
     for net in nets.values():
         for p in net.parameters():
             p.data += 0.1 * torch.randn(p.shape)
     opts = {name: torch.optim.SGD(net.parameters(), 1e-3) for name, net in nets.items()}
-    pairs, val = (proxy_stage.draw_toy(32, 16, 0, split) for split in ("train", "val"))
+    pairs, val = (s1.draw_toy(32, 16, 0, split) for split in ("train", "val"))
     before = {name: torch.cat([p.detach().flatten() for p in net.parameters()])
               for name, net in nets.items()}
-    batches = [split.batch(proxy_stage.mine(range(32))) for split in (pairs, val)]
-    rater_stage.meta_step(nets, opts, *batches, proxy_stage.seeded(device, 0), args)
-    proxy_stage.save(sys.argv[2], "test", **{name: torch.cat(
+    batches = [split.batch(s1.mine(range(32))) for split in (pairs, val)]
+    s2.meta_step(nets, opts, *batches, s1.seeded(device, 0), args)
+    s1.save(sys.argv[2], "test", **{name: torch.cat(
         [p.detach().flatten() for p in net.parameters()]) - before[name]
         for name, net in nets.items()})
 
-proxy_stage.launch(main, rater_stage.parse_args(["--group-size", "8", *sys.argv[3:]]))
+s1.launch(main, s2.parse_args(["--group-size", "8", *sys.argv[3:]]))
 """
 
 

@@ -34,7 +34,7 @@ def test_every_question_yields_its_table(folder, question, capsys, monkeypatch):
 
 def test_lora_learns_few_parameters_and_leaves_the_base_alone():
     torch.manual_seed(0)
-    net = evidence.proxy_stage.DiT(16, 4, 64, 3, 8)
+    net = evidence.s1.DiT(16, 4, 64, 3, 8)
     torch.nn.init.normal_(net.from_patch.weight)
     for block in net.blocks:                               # or its gates let nothing through
         torch.nn.init.normal_(block.modulation[1].weight, std=0.1)
@@ -48,7 +48,7 @@ def test_lora_learns_few_parameters_and_leaves_the_base_alone():
     shapes = [(64, 192), (64, 64), (64, 256), (256, 64)]   # qkv, out, and the two of the MLP
     assert sum(net.get_parameter(name).numel() for name in learnt) == 3 * sum(
         4 * (a + b) for a, b in shapes)
-    evidence.proxy_stage.train(net, pairs, 6, 16, 1e-2, 0)
+    evidence.s1.train(net, pairs, 6, 16, 1e-2, 0)
     after = {name.replace(".base.", "."): value for name, value in net.state_dict().items()}
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert not torch.equal(net(x, torch.full((8,), 0.5), c), expected)
@@ -59,7 +59,7 @@ def test_unet_keeps_the_shape_and_reads_the_caption():
     net = evidence.UNet()
     torch.nn.init.normal_(net.leave[2].weight)
     x, t = torch.randn(4, 3, 16, 16), torch.rand(4)
-    c = evidence.proxy_stage.tokenize(["a red circle"] * 2 + ["a blue square"] * 2, 8)
+    c = evidence.s1.tokenize(["a red circle"] * 2 + ["a blue square"] * 2, 8)
     assert net(x, t, c).shape == x.shape
     assert not torch.allclose(net(x, t, c)[:2], net(x, t, c.flip(0))[:2])
 
@@ -82,7 +82,7 @@ def test_shards_are_read_one_by_one_and_validation_as_always():
     batch, = read(800, 64, 0, 0, 1)
     first, second = batch[:32] // 40, batch[32:] // 40
     assert len(set(first)) == len(set(second)) == 1 and len(set(batch)) == 64
-    usual = evidence.proxy_stage.draw_batches(100, 20, 0, 0, 3)
+    usual = evidence.s1.draw_batches(100, 20, 0, 0, 3)
     assert all((a == b).all() for a, b in zip(read(100, 20, 0, 0, 3), usual))
 
 
