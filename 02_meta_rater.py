@@ -62,7 +62,8 @@ PROBE = 512                # training pairs whose logits the figure follows
 class Rater(nn.Module):
     """mu: clean image and caption -> features -> Instance MLP (logit) and Group MLP (W_batch).
 
-    The paper's Fig. 2a with a small transformer encoder in place of STAR-40M's backbone.
+    The paper's Fig. 2a with a small transformer encoder in place of STAR-40M's backbone. The Group
+    MLP is the paper's part: in all our measurements ratings without it are as good.
     """
 
     def __init__(self, size, patch, words, width=64, depth=2):
@@ -78,7 +79,7 @@ class Rater(nn.Module):
         self.group = nn.Sequential(nn.Linear(2 * width, 64), nn.GELU(), nn.Linear(64, 1))
 
     def features(self, x, c):                              # (B, 3, H, W), (B, T)
-        patches = self.to_patch(s1.patchify(x, self.patch))          # (B, P, D)
+        patches = self.to_patch(s1.patchify(x, self.patch))                   # (B, P, D)
         return self.encoder(torch.cat([self.word(c), patches], 1) + self.position).mean(1)  # (B, D)
 
     def logits(self, f):
@@ -110,8 +111,14 @@ def rater_objective(W_inst, W_batch, s, s_group):
     return (instance + s_group * W_batch).mean()                              # eqs. 6, 9
 
 
+def rank_signal(signal, W_inst):
+    """Added: ranks of a pair in its group (B / G, G), of a group's total (B / G, 1) in the step."""
+    total = s1.gather((signal * W_inst).sum(1))            # (all groups,)
+    return rank_normal(signal), s1.mine(rank_normal(total))[:, None]
+
+
 def rank_normal(s):
-    """Added: along the last axis, ranks as standard normal scores; lowest signal, lowest score."""
+    """Along the last axis, ranks as standard normal scores; lowest signal, lowest score."""
     ranks = s.argsort(-1).argsort(-1)
     return torch.special.ndtri((ranks + 0.5) / s.shape[-1])
 
@@ -137,23 +144,20 @@ def meta_step(nets, opts, train, val, rng, args):
     (x, c), (x_val, c_val) = train, val
     W_inst, W_batch = weigh(nets["rater"], x, c, args.group_size)             # (B / G, G or 1)
     W = (W_inst * W_batch).detach()                        # eq. 5 holds mu fixed; sums to W_batch
-    noise = s1.draw_noise(x, rng, s1.T_SHIFT)               # one for both proxies
+    noise = s1.draw_noise(x, rng, s1.T_SHIFT)              # one for both proxies
     noise_val = s1.draw_noise(x_val, rng)
-    c, c_val = (s1.drop_captions(words, rng) for words in (c, c_val))          # added
+    c, c_val = (s1.drop_captions(words, rng) for words in (c, c_val))        # added
     batch = W.flatten() / len(W), x, c, *noise
     batch_val = x_val.new_full((len(x_val),), 1 / len(x_val)), x_val, c_val, *noise_val
-    L_hat, norm_hat = s1.descend_flow(nets["ref"], opts["ref"], *batch)  # eq. 5, no g_val
-    L_both, norm = s1.descend_flow(nets["proxy"], opts["proxy"],         # eqs. 5, 10
+    L_hat, norm_hat = s1.descend_flow(nets["ref"], opts["ref"], *batch)        # eq. 5, no g_val
+    L_both, norm = s1.descend_flow(nets["proxy"], opts["proxy"],              # eqs. 5, 10
                                    *map(torch.cat, zip(batch, batch_val)))
     L_theta, L_val = L_both.split(len(x))                                     # (B,), (B,)
     L_theta, L_hat = L_theta.view_as(W), L_hat.view_as(W)                     # (B / G, G)
 
     gap = L_theta - L_hat                                  # eq. 6 holds both proxies fixed
     signal = gap if args.signal == "difference" else L_theta                  # eq. 8: L_hat = 0
-    s = rank_normal(signal)                                                   # added
-    total = (signal * W_inst.detach()).sum(1)                                 # (B / G,)
-    s_group = s1.mine(rank_normal(s1.gather(total)))[:, None]         # added
-    objective = rater_objective(W_inst, W_batch, s, s_group)
+    objective = rater_objective(W_inst, W_batch, *rank_signal(signal, W_inst.detach()))
     norm_mu = s1.descend(objective + args.tau * negative_entropy(W_inst, W_batch),
                          nets["rater"], opts["rater"])
     ess = 1 / W_inst.square().sum(1).mean() / args.group_size
@@ -175,10 +179,10 @@ def exact_meta_gradient(proxy, train, val, W, beta, steps):
         for _ in range(steps):
             def net(*inputs, params=params):
                 return functional_call(proxy, params, inputs)
-            loss = (W * s1.flow_loss(net, *train)).sum()             # eq. 3
+            loss = (W * s1.flow_loss(net, *train)).sum()                      # eq. 3
             grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
             params = {name: p - beta * g for (name, p), g in zip(params.items(), grads)}
-        L_val = s1.flow_loss(                                        # eq. 2
+        L_val = s1.flow_loss(                                                 # eq. 2
             lambda *inputs: functional_call(proxy, params, inputs), *val).mean()
         return torch.autograd.grad(L_val, W)[0]
 

@@ -3,13 +3,13 @@
 The weight of eq. 7 is only defined inside a batch. A score has to stand alone, so it keeps what
 belongs to the pair and averages the batch away:
 
-    rating_i = logit_i + log(mean of W_batch over several random groups that pair i joins)
+    rating_i = logit_i + log(mean of W_batch over 16 groups: pair i and its companions)
 
-which is log W_i up to the softmax's normaliser. All pairs join the same groups, so that a rating
-depends on its pair alone: batch-mates, order of work and number of processes change nothing. (The
-released code's ratings are softmaxes over the scoring batch: they depend on batch-mates and on file
-order, and grow in a short last batch.) Ratings are written chunk by chunk: memory does not grow
-with the corpus, and an interrupted run continues.
+which is log W_i up to the softmax's normaliser. The companions are drawn once and for all pairs, so
+that a rating depends on its pair alone: batch-mates, order of work and number of processes change
+nothing. (The released code's ratings are softmaxes over the scoring batch: they depend on
+batch-mates and on file order, and grow in a short last batch.) Ratings are written chunk by chunk:
+memory does not grow with the corpus, and an interrupted run continues.
 
 A rating costs one pass of the small rater. --baselines adds rankings that need no rater. Three are
 the mean of 8 draws of t and eps: `loss`, L(theta_hat; x_i) after stage 2; `difference`,
@@ -221,11 +221,8 @@ def read_table(path):
 
 
 def percentiles(rating):
-    """Percentile position (N,) in [0, 100), 0 for the highest rating, as in eq. 11."""
-    order = np.argsort(-rating, kind="stable")
-    place = np.empty(len(rating))
-    place[order] = np.arange(len(rating)) * 100 / len(rating)
-    return place
+    """Percentile position (N,) in [0, 100), 0 for the highest rating: w_i of eq. 11."""
+    return np.argsort(np.argsort(-rating, kind="stable")) * 100 / len(rating)
 
 
 # ---- a rival: a contrastive network on the same trusted pairs ---------------------------------

@@ -6,11 +6,15 @@ Sort by rating, highest first; w_i in [0, 1) is pair i's position in that order.
 
 drawn without replacement to an exact count. --method     head               tail
 
+    topk           the highest ratings                      kept               cut
     shift-gsample  eq. 11, the paper's rule                 first --drop out   unlikely, not cut
     gsample        eq. 11 with nothing dropped              unlikely           unlikely, not cut
-    topk           the highest ratings                      kept               cut
     block          the run of pairs that begins at --drop   first --drop out   cut
     random         every pair alike
+
+Which rule is right depends on what a high rating means. By eq. 9 it means low loss, the head is
+plain pictures, and the paper's rule is the default. By eq. 6 it means that validation asked for the
+pair, and the head is what is wanted: there topk is the default.
 
 The bell's middle is --mean. At the default, half of the ranking, the first quarter holds 5 % of it,
 so that dropping that quarter changes little. The more is kept, the more of the tail comes along.
@@ -18,14 +22,13 @@ so that dropping that quarter changes little. The more is kept, the more of the 
 The paper gives neither n, mu, sigma (here --drop, --mean, --std) nor says how to draw. Ours: drop
 25 %, as in the names of the authors' early files; the mean at 50 % and the std of 15 points place
 the bell on what the paper calls informative, its 30 to 80 %. Sampling is without replacement.
-Which end to cut depends on what the rating measures: look at out/ratings-bands.png first.
 
 Reads    out/ratings.csv, or --ratings with another CSV of stage 3 or a .npy of ratings
 Writes   out/selected-METHOD-KEEP.csv (column key) and .png; for ratings-loss.csv the names begin
          with selected-loss; for a .npy the selection is a .npy of row numbers.
          --write-shards DIR: the selected pairs of out/proxy.pt's --data as new tar shards
-Run      python 04_select.py --method topk                    suits eq. 6
-         python 04_select.py --ratings out/ratings-loss.csv   the paper's rule, suits eq. 9
+Run      python 04_select.py                                  ratings of eq. 6
+         python 04_select.py --ratings out/ratings-loss.csv   ratings of eq. 9
 """
 import argparse
 import collections
@@ -50,7 +53,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
-METHODS = ("shift-gsample", "gsample", "topk", "block", "random")
+METHODS = ("topk", "shift-gsample", "gsample", "block", "random")
 RANKINGS = ("rating", "instance", "loss", "difference", "gain", "contrast", "clarity", "frequency",
             "edges")
 
@@ -120,6 +123,16 @@ def join(ratings):
     for rating in ratings:
         places[sort_rows(rating)] -= np.arange(len(rating)) / len(ratings)
     return places
+
+
+def advise(written_by, rank_by):
+    """Added: the rule that suits a ranking, and why. written_by: the command that rated."""
+    ours = rank_by in ("rating", "instance")
+    if rank_by == "loss" or ours and "--signal loss" in written_by:
+        return "shift-gsample", "a high rating means low loss (eq. 9), so plain pictures come first"
+    if ours and written_by:
+        return "topk", "a high rating means that validation asked for the pair (eq. 6)"
+    return "topk", f"all that is known of {rank_by} is that high is good"
 
 
 # ---- files -----------------------------------------------------------------------------------
@@ -335,16 +348,16 @@ def write_shard(file, pairs):
 
 
 def draw_figure(path, n, w, args):
-    """What was kept over the ranking, and the density of eq. 11 that it was drawn from."""
+    """What was kept over the ranking, and the bell of eq. 11, from which it was drawn or not."""
     figure, axis = plt.subplots(figsize=(5, 3))
     bins = np.linspace(0, 1, 41)
     axis.stairs(np.full(40, n / 40), 100 * bins, fill=True, color="0.85", label="all pairs")
     axis.stairs(np.histogram(w, bins)[0], 100 * bins, fill=True, color="#0072B2", label="kept")
-    if "gsample" in args.method:
-        start = args.drop if args.method == "shift-gsample" else 0.0
-        fine = np.linspace(0, 1, 1001)
-        p = np.exp(log_density(fine, start, args.mean, args.std))
-        axis.plot(100 * fine, p * n / 40, color="#D55E00", label="p of eq. 11, scaled")
+    drawn, fine = "gsample" in args.method, np.linspace(0, 1, 1001)
+    start = 0.0 if args.method == "gsample" else args.drop
+    p = np.exp(log_density(fine, start, args.mean, args.std))
+    axis.plot(100 * fine, p * n / 40, "-" if drawn else "--", color="#D55E00",
+              label="p of eq. 11, scaled" if drawn else "p of eq. 11 (not used)")
     axis.set(xlabel="percentile (0 = highest rating)", ylabel="pairs")
     axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3, frameon=False)
     with whole_file(path, "wb") as file:
@@ -359,7 +372,7 @@ def parse_args(argv=None):
     parser.add_argument("--ratings", type=Path, help="CSV of stage 3, or .npy (default: in --out)")
     parser.add_argument("--rank-by", default="rating", help="column to sort by, or several joined "
                         f"by commas, their mean place, of {', '.join(RANKINGS)}")
-    parser.add_argument("--method", choices=METHODS, default="shift-gsample")
+    parser.add_argument("--method", choices=METHODS, help="default: what suits the ratings")
     parser.add_argument("--keep", type=float, default=0.5, help="share up to 1, or a count")
     parser.add_argument("--drop", type=float, default=0.25, help="n of eq. 11: share of the head")
     parser.add_argument("--mean", type=float, default=0.5, help="mu of eq. 11, as a share")
@@ -383,6 +396,10 @@ def main(args):
     if not args.ratings.exists():
         raise SystemExit(f"{args.ratings} is missing: run 03_score.py first")
     record = read_record(args.ratings, args.out)
+    suited, why = advise(record.get("written_by", ""), args.rank_by)
+    args.method, asked = args.method or suited, args.method
+    print(f"--method {args.method}, " + ("as asked" if asked else "the default here")
+          + (f": {why}" if args.method == suited else f"; {suited} would suit: {why}"))
     _, rating = read_ratings(args.ratings, args.rank_by)
     own = is_array(args.ratings) and not record
     table = None if own else args.ratings.with_suffix(".csv" if record else args.ratings.suffix)
@@ -407,10 +424,6 @@ def main(args):
     print(f"wrote {file}, .json, .png: {len(rows)} of {len(real)} pairs{compose(strata)}")
     if len(real) < len(rating):
         print(f"{len(rating) - len(real)} pairs with planted dirt are left out of the ranking")
-    if len(w) and w.min() > 0.05:
-        print(f"none of them is among the {w.min():.0%} rated highest: right where high means low "
-              "loss (eq. 9), wrong where it means what validation asked for (eq. 6); --method topk "
-              "keeps those")
     if args.write_shards:
         keys = (key for key, _ in read_keys(table, rows)) if table else None
         write_shards(args.write_shards, args.out, record.get("data"), keys, rows)

@@ -21,8 +21,8 @@ from PIL import Image  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 CHAIN = ("01_proxy.py", "02_meta_rater.py", "02_meta_rater.py --signal loss",
-         "03_score.py --baselines", "03_score.py --signal loss", "04_select.py --method topk",
-         "04_select.py", "05_train_eval.py")
+         "03_score.py --baselines", "03_score.py --signal loss", "04_select.py",
+         "04_select.py --method shift-gsample", "05_train_eval.py")
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--")

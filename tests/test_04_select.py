@@ -1,6 +1,7 @@
 """Stage 4: eq. 11 against its formula, and the files that it reads."""
 import csv
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -113,14 +114,41 @@ def test_per_cent_and_other_strange_shares_are_refused(stage, capsys, flags):
 def test_a_share_that_cannot_be_kept_names_its_cure(stage, tmp_path, keep, cure):
     write(tmp_path / "ratings.csv", [f"{k},{k},1,1,x" for k in range(40)])
     with pytest.raises(SystemExit, match=cure):
-        launch(stage, 4, ["--out", str(tmp_path), "--keep", str(keep)])
+        launch(stage, 4, ["--out", str(tmp_path), "--keep", str(keep), "--method", "block"])
 
 
-def test_a_head_left_out_is_said(tmp_path):
-    write(tmp_path / "ratings.csv", [f"{k},{k},1,1,x" for k in range(2000)])
-    for method, said in (("shift-gsample", "the 25% rated highest"), ("topk", "")):
-        done = run(f"04_select.py --out {tmp_path} --method {method}")
-        assert ("rated highest" in done.stdout) == bool(said) and said in done.stdout
+EQ6 = "that validation asked for the pair (eq. 6)"
+EQ9 = "a high rating means low loss (eq. 9)"
+
+
+@pytest.mark.parametrize("flags,file,said", [
+    ("", "topk", f"--method topk, the default here: a high rating means {EQ6}"),
+    ("--ratings OUT/ratings.npy", "topk", EQ6),
+    ("--ratings OUT/ratings-loss.csv", "loss-shift-gsample",
+     f"--method shift-gsample, the default here: {EQ9}"),
+    ("--rank-by instance --ratings OUT/ratings-loss.csv", "loss-by-instance-shift-gsample", EQ9),
+    ("--rank-by loss", "by-loss-shift-gsample", EQ9),
+    ("--rank-by gain", "by-gain-topk", "known of gain is that high is good"),
+    ("--rank-by rating,gain", "by-rating-gain-topk", "known of rating,gain is that high is good"),
+    ("--method gsample", "gsample", f"gsample, as asked; topk would suit: a high rating means {EQ6}"),
+    ("--method topk", "topk", f"topk, as asked: a high rating means {EQ6}"),
+    ("--method topk --ratings OUT/ratings-loss.csv", "loss-topk",
+     f"topk, as asked; shift-gsample would suit: {EQ9}")])
+def test_the_default_rule_follows_from_what_the_ratings_say_of_themselves(
+        stage, chain, tmp_path, capsys, flags, file, said):
+    for name in chain.glob("ratings*.*"):
+        shutil.copy(name, tmp_path)
+    flags = flags.replace("OUT", str(tmp_path)).split()
+    launch(stage, 4, ["--out", str(tmp_path), "--keep", "0.4", *flags])
+    assert said in capsys.readouterr().out.splitlines()[0]
+    assert (tmp_path / f"selected-{file}-0.4.csv").exists()
+
+
+def test_ratings_of_another_origin_are_taken_as_high_is_good(stage, tmp_path, capsys):
+    write(tmp_path / "ratings.csv", [f"{k},{k},1,1,x" for k in range(20)])
+    launch(stage, 4, ["--out", str(tmp_path), "--keep", "2"])
+    assert "all that is known of rating is that high is good" in capsys.readouterr().out
+    assert (tmp_path / "selected-topk-2.csv").read_text().split() == ["key", "18", "19"]
 
 
 @pytest.mark.parametrize("rows,message", [

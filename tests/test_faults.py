@@ -241,7 +241,7 @@ def test_the_same_run_again_makes_the_same_file(stage, chain, tmp_path):
     torch.set_num_threads(threads)
     assert (tmp_path / "proxy.pt").read_bytes() == (chain / "proxy.pt").read_bytes()
     launch(stage, 4, ["--ratings", str(chain / "ratings.csv"), "--out", str(tmp_path)])
-    record = json.loads((tmp_path / "selected-shift-gsample-0.5.json").read_text())
+    record = json.loads((tmp_path / "selected-topk-0.5.json").read_text())
     assert record["made_from"].keys() == {"proxy.pt", "rater.pt", "ratings.csv"}
 
 
