@@ -20,7 +20,7 @@ Why eq. 6 is a meta-gradient: with theta = theta_hat - beta g_val,
 provided that both losses use the same t and eps. With separate noise a step shows little but the
 noise, which the rater then has to average away.
 
-Added to the paper, each marked in the code (what happens without it: README, "The five files"):
+Added to the paper, each marked in the code (what happens without it: .assets/differences.md):
     entropy term   keeps all weight from falling on one pair, and pulls W_batch to 0.5; the logit
                    tends to -W_batch E[signal] / tau
     rank signal    a pair's difference is ranked in its group, a group's total among the step's

@@ -10,12 +10,13 @@ import pytest
 from conftest import ROOT, launch, write_fashion, write_pictures
 
 PAGES = {name: (ROOT / name).read_text() for name in (
-    "README.md", ".assets/exercises.md", ".assets/claims.md", ".assets/differences.md",
-    ".assets/real.md", "tests/README.md")}
-TEXT = PAGES["README.md"]
-EQUATIONS = re.findall(r"^\| ([\d, ]+) \| [^|]+ \| `(0\d_\w+\.py): ([^|]+?) \|$", TEXT, re.M)
-COMMANDS = list(dict.fromkeys(re.findall(r"(?:python|--) (0\d_\w+\.py[^&|`\n]*)",
-                                     TEXT + PAGES[".assets/exercises.md"])))
+    "README.md", ".assets/own.md", ".assets/exercises.md", ".assets/claims.md",
+    ".assets/differences.md", ".assets/real.md", "tests/README.md")}
+EQUATIONS = re.findall(r"^\| ([\d, ]+) \| [^|]+ \| `(0\d_\w+\.py): ([^|]+?) \|$",
+                       PAGES[".assets/differences.md"], re.M)
+PRINTED = re.findall(r"^    (eq\. (?:5|6|7|11) .+?)(?=^    eq\.|^\S)", PAGES["README.md"], re.M | re.S)
+COMMANDS = list(dict.fromkeys(re.findall(r"(?:python|--) (0\d_\w+\.py[^&|`\n]*)", "".join(
+    PAGES[name] for name in ("README.md", ".assets/own.md", ".assets/exercises.md")))))
 
 
 @pytest.mark.parametrize("numbers,file,functions", EQUATIONS)
@@ -30,6 +31,14 @@ def test_every_equation_is_where_the_table_says(stage, numbers, file, functions)
 def test_the_table_has_all_equations():
     found = {number for numbers, _, _ in EQUATIONS for number in re.findall(r"\d+", numbers)}
     assert found == {str(number) for number in range(1, 12)}
+
+
+def test_the_equations_printed_name_the_function_that_has_them(stage):
+    assert len(PRINTED) == 4
+    for equation in PRINTED:
+        number, file, name = re.search(r"eq\. (\d+).* 0(\d): (\w+)", equation, re.S).groups()
+        source = inspect.getsource(getattr(stage(int(file)), name))
+        assert re.search(rf"[Ee]qs?\. [\d, -]*\b{number}\b", source), equation
 
 
 @pytest.mark.slow
