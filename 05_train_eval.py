@@ -31,13 +31,12 @@ import gzip
 import hashlib
 import html
 import importlib
-import io
 import math
-import pickle
 import re
 import sys
 import time
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -585,65 +584,24 @@ class Clip(nn.Module):
         return self.ln_final(h)[rows, ids.argmax(1)] @ self.text_projection
 
 
-class Inert:
-    """Stands for a TorchScript module in an archive: keeps attributes, runs nothing."""
-
-
-def read_archive(path):
-    """State dict of a TorchScript archive such as ViT-B-32.pt, without running any code in it.
-
-    Only the module tree in data.pkl is read. Its tensors are cut out of the stored bytes; every
-    name but the three that a tree of tensors needs becomes an inert object or is refused.
-    """
-    archive = zipfile.ZipFile(path)
-    root = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-    root = root.removesuffix("data.pkl")
-    dtypes = {"FloatStorage": torch.float32, "HalfStorage": torch.float16,
-              "LongStorage": torch.int64, "DoubleStorage": torch.float64}
-
-    def rebuild(storage, offset, size, stride, *_):
-        last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-        if min(offset, *size, *stride, 0) < 0 or last >= len(storage):
-            raise pickle.UnpicklingError("a tensor reaches beyond its bytes")
-        return storage.as_strided(size, stride, offset)
-
-    class Reader(pickle.Unpickler):
-        def find_class(self, module, name):
-            if module == "torch" and name in dtypes:
-                return dtypes[name]
-            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-                return rebuild
-            if (module, name) == ("collections", "OrderedDict"):
-                return OrderedDict
-            if module.startswith("__torch__"):
-                return type("Inert", (Inert,), {})
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-        def persistent_load(self, tag):
-            _, dtype, key, _, count = tag
-            values = torch.frombuffer(bytearray(archive.read(f"{root}data/{key}")), dtype=dtype)
-            if len(values) < count:
-                raise pickle.UnpicklingError(f"the bytes of data/{key} are cut short")
-            return values
-
-    def walk(node, prefix):
-        for name, value in vars(node).items():
-            if isinstance(value, torch.Tensor):
-                yield prefix + name, value
-            elif isinstance(value, Inert):
-                yield from walk(value, f"{prefix}{name}.")
-    return dict(walk(Reader(io.BytesIO(archive.read(f"{root}data.pkl"))).load(), ""))
-
-
 def load_state(path):
-    """A state dict from a plain file of tensors, or from a TorchScript archive."""
+    """A state dict from a plain file of tensors, of which nothing is run, or from a TorchScript
+    archive such as ViT-B-32.pt.
+
+    torch.jit.load runs no Python that an archive holds, but TorchScript that asks to be run when it
+    is loaded: the public archive's hash is known, and who names one with --clip has to trust it.
+    """
     try:
-        if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl")
-                                            for name in zipfile.ZipFile(path).namelist()):
-            return read_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
+        if archive and any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            if damaged := archive.testzip():               # torch.jit.load looks at no checksum
+                raise ValueError(f"{damaged} in it is damaged")
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                state = torch.jit.load(path, map_location="cpu").state_dict()  # deprecated
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise SystemExit(f"{path} is no file of weights: {str(error)[:120].splitlines()[:1]}")
+        raise SystemExit(f"{path} is no file of weights: {' '.join(str(error).split())[:120]}")
     if not isinstance(state, dict) or not any(map(torch.is_tensor, state.values())):
         raise SystemExit(f"{path} holds no weights by name: save the network's state_dict alone")
     return state

@@ -1,6 +1,7 @@
 """Stage 5, the standard metrics: against references written apart from them, on random weights."""
 import gzip
 import pickle
+import warnings
 import zipfile
 
 import numpy as np
@@ -208,24 +209,63 @@ class Leaf(nn.Module):
         return self.inner[0](x) + self.inner[1].weight.float() + self.table.sum()
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_archives_are_read_bit_by_bit_and_run_nothing(stage, tmp_path):
+@pytest.fixture()
+def archive(tmp_path):
+    """A TorchScript archive of a Leaf, and that Leaf."""
     leaf, path = Leaf(), tmp_path / "leaf.pt"
-    torch.jit.save(torch.jit.trace(leaf, torch.randn(2, 3)), str(path))
-    state = stage(5).load_state(path)
+    with warnings.catch_warnings(action="ignore"):         # of what is deprecated
+        torch.jit.save(torch.jit.trace(leaf, torch.randn(2, 3)), str(path))
+    return path, leaf
+
+
+def rewrite(path, file, change):
+    """A copy of a zip whose files of this name end in what `change` makes of their bytes."""
+    copy = path.with_name("changed.pt")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            new.writestr(name, change(data) if name.endswith(file) else data)
+    return copy
+
+
+def test_archives_are_read_bit_by_bit_and_without_a_warning(stage, archive):
+    path, leaf = archive
+    with warnings.catch_warnings(action="error"):
+        state = stage(5).load_state(path)
     assert state.keys() == leaf.state_dict().keys()
     for name, value in leaf.state_dict().items():
         assert state[name].dtype == value.dtype and torch.equal(state[name], value)
 
+
+@pytest.mark.parametrize("file", ["/data.pkl", "/constants.pkl", ".py"])
+def test_no_python_in_an_archive_is_run(stage, archive, tmp_path, file):
+    """Neither what a pickle calls, in either of its two, nor its source as Python."""
+    sprung = tmp_path / "sprung"
+
     class Trap:
         def __reduce__(self):
-            return (open, (str(tmp_path / "sprung"), "w"))
-    with zipfile.ZipFile(tmp_path / "trap.pt", "w") as archive:
-        archive.writestr("trap/data.pkl", pickle.dumps(Trap(), 2))
-        archive.writestr("trap/constants.pkl", b"")
-    with pytest.raises(SystemExit, match="trap.pt.*it names"):
-        stage(5).load_state(tmp_path / "trap.pt")
-    assert not (tmp_path / "sprung").exists()
+            return (open, (str(sprung), "w"))
+    trap = f"open({str(sprung)!r}, 'w')\n".encode() if file == ".py" else pickle.dumps(Trap(), 2)
+    changed = rewrite(archive[0], file, lambda data: trap + data)
+    with pytest.raises(SystemExit, match="changed.pt is no file of weights: .") as stop:
+        stage(5).load_state(changed)
+    assert not sprung.exists() and "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize("damage", ["cut", "a byte of a tensor", "without its tree"])
+def test_damaged_archives_are_refused_in_one_line(stage, archive, damage):
+    path, leaf = archive
+    data = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(data[:len(data) // 2])
+    elif damage == "a byte of a tensor":
+        table = data.index(leaf.table.detach().numpy().tobytes())
+        path.write_bytes(data[:table] + bytes([data[table] ^ 255]) + data[table + 1:])
+    else:
+        path = rewrite(path, "/data.pkl", lambda data: b"")
+    with pytest.raises(SystemExit, match=f"{path.name} is no file of weights: .") as stop:
+        stage(5).load_state(path)
+    assert "\n" not in stop.value.code
 
 
 @pytest.fixture()
