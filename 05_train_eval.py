@@ -19,9 +19,8 @@ and a random selection are always among the arms.
 
 Reads    out/proxy.pt, out/ratings.csv, out/ratings-loss.csv, or --selected CSV files of stage 4
 Writes   out/results.csv (a row per arm and seed), .md, .png, and out/results-samples.png (all arms
-         under the same captions and noise); --arms NAME: the same with out/results-NAME
+         under the same captions and noise)
 Run      python 05_train_eval.py                          five minutes on two cores
-         python 05_train_eval.py --arms main --seeds 5               the paper's Table 1
          python 05_train_eval.py --selected out/selected-topk-0.5.csv --seeds 1
          python 05_train_eval.py --evaluate DRAWN --reference REAL       FID and CLIP score alone
          torchrun --nproc-per-node 2 -- 05_train_eval.py
@@ -77,38 +76,16 @@ class Arm(NamedTuple):
 
 # Drawn up from the decile tables of stage 3, before any arm was trained: under eq. 6 the head is
 # the informative part (percentiles 0-45 of the toy pairs), under eq. 9 the middle (30-75).
-EQ6, EQ9 = ("eq. 6", "ratings"), ("eq. 9", "ratings-loss")
-BELL = {"mean": 0.22, "std": 0.12}
-RULES = {"Top-K": "topk", "Block": "block", "Gsample": "gsample", "Shift-Gsample": "shift-gsample"}
-FULL, HALF, FIFTH = Arm("full"), Arm("random 50%", keep=0.5), Arm("random 20%", keep=0.2)
-
-
-def ruled(signal, rule, keep, rank_by="rating", note=""):
-    """The arm of one rule on the ratings of one signal."""
-    settings = BELL if (signal, rule) == (EQ6, "Gsample") else {}
-    return Arm(f"{signal[0]}, {rule} {keep:.0%}{note}", signal[1], RULES[rule], keep, settings,
-               rank_by)
-
-
-ARMS = {                   # --arms: the default, and the paper's tables and figures in miniature
-    "default": [FULL, HALF, FIFTH,
-                ruled(EQ6, "Top-K", 0.5), ruled(EQ6, "Shift-Gsample", 0.5),
-                ruled(EQ6, "Top-K", 0.2), ruled(EQ6, "Gsample", 0.2),
-                ruled(EQ9, "Top-K", 0.5), ruled(EQ9, "Shift-Gsample", 0.5),
-                ruled(EQ9, "Shift-Gsample", 0.2)],
-    "main": [FULL, HALF, FIFTH,                            # Table 1: every rule on both signals,
-             *(ruled(signal, rule, keep) for signal in (EQ6, EQ9) for keep in (0.5, 0.2)
-               for rule in RULES),                         # and rankings that need no rater
-             *(Arm(f"{name}, Top-K 50%", EQ6[1], "topk", 0.5, rank_by=name)
-               for name in (*s3.BASELINES, "rating,gain", "rating,contrast"))],
-    "group": [FULL, HALF,                                  # Table 4: without the Group MLP
-              *(ruled(signal, rule, 0.5, rank_by, note)
-                for signal, rule in ((EQ6, "Top-K"), (EQ6, "Gsample"), (EQ9, "Shift-Gsample"))
-                for rank_by, note in (("rating", ""), ("instance", ", Instance MLP alone")))],
-    "retention": [FULL, *(arm for keep in (0.1, 0.2, 0.3, 0.4, 0.5) for arm in    # Fig. 1
-                          (Arm(f"random {keep:.0%}", keep=keep), ruled(EQ6, "Top-K", keep),
-                           ruled(EQ9, "Shift-Gsample", keep)))],
-}
+EQ6, EQ9 = "ratings", "ratings-loss"
+BELL = {"mean": 0.22, "std": 0.12}                         # of Gsample over the head of eq. 6
+ARMS = [Arm("full"), Arm("random 50%", keep=0.5), Arm("random 20%", keep=0.2),
+        Arm("eq. 6, Top-K 50%", EQ6, "topk", 0.5),
+        Arm("eq. 6, Shift-Gsample 50%", EQ6, "shift-gsample", 0.5),
+        Arm("eq. 6, Top-K 20%", EQ6, "topk", 0.2),
+        Arm("eq. 6, Gsample 20%", EQ6, "gsample", 0.2, BELL),
+        Arm("eq. 9, Top-K 50%", EQ9, "topk", 0.5),
+        Arm("eq. 9, Shift-Gsample 50%", EQ9, "shift-gsample", 0.5),
+        Arm("eq. 9, Shift-Gsample 20%", EQ9, "shift-gsample", 0.2)]
 
 
 read_once, check_once = map(functools.cache, (             # of each file, for all arms and seeds
@@ -139,8 +116,8 @@ def choose_rows(arm, pairs, out, seed):
     return rows
 
 
-def list_arms(args, pairs):
-    """The arms of --arms whose ratings exist; or full, random and one per --selected file."""
+def list_arms(args, pairs, arms=ARMS):
+    """Those of `arms` whose ratings exist; or full, random and one per --selected file."""
     for cached in (read_once, check_once):
         cached.cache_clear()
     if args.selected:
@@ -149,11 +126,11 @@ def list_arms(args, pairs):
                  else str(Path(file).resolve()) for stem, file in zip(stems, args.selected)]
         if len(set(names)) < len(names):
             raise SystemExit("--selected names a file twice")
-        arms = [Arm(name, file=file) for name, file in zip(names, args.selected)]
-        counts = sorted({len(choose_rows(arm, pairs, args.out, 0)) for arm in arms})
-        return [FULL, *(Arm(f"random {n}", keep=n) for n in counts), *arms]
+        given = [Arm(name, file=file) for name, file in zip(names, args.selected)]
+        counts = sorted({len(choose_rows(arm, pairs, args.out, 0)) for arm in given})
+        return [Arm("full"), *(Arm(f"random {n}", keep=n) for n in counts), *given]
     found = []
-    for arm in ARMS[args.arms]:
+    for arm in arms:
         file = find_file(arm, args.out)
         header = file.open(encoding="utf-8").readline() if file and file.exists() else ""
         if not file or set(arm.rank_by.split(",")) <= set(header.strip().split(",")):
@@ -178,7 +155,7 @@ def count_steps(arms, args, settings, pairs):
     minutes = (time.monotonic() - began) / 4 * args.seeds * sum(steps) / 60
     s1.print0(f"{args.seeds * len(arms)} models, {args.seeds * sum(steps):,} steps in "
               f"all, about {minutes:.0f} minutes of training; fewer --seeds or --epochs, "
-              "or some --selected files instead of --arms, make it less")
+              "or some files with --selected, make it less")
     return dict(zip((arm.name for arm in arms), steps))
 
 
@@ -248,17 +225,12 @@ def run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress):
             "seconds": seconds, **numbers, **shares}, images
 
 
-def name_results(args):
-    """out/results, or out/results-ARMS where --arms is not the default."""
-    return Path(args.out) / ("results" if args.arms == "default" else f"results-{args.arms}")
-
-
-def run_all(arms, steps, args, settings, pairs, test, judge, reference):
-    """Every arm under every seed; out/results.csv grows with each. Returns rows and samples."""
+def run_all(stem, arms, steps, args, settings, pairs, test, judge, reference):
+    """Every arm under every seed; STEM.csv grows with each. Returns rows and samples."""
     weights = [getattr(args, what) for what in WEIGHTS if args.metrics == "standard"]
     inputs = [Path(args.out) / "proxy.pt", *(find_file(arm, args.out) for arm in arms), *weights]
     state = {str(file): s1.digest(file) for file in inputs if file}
-    progress = s1.Progress(f"{name_results(args)}.progress", "05_train_eval.py",
+    progress = s1.Progress(f"{stem}.progress", "05_train_eval.py",
                            {**vars(args), **state}, args.save_every)
     results = progress.kept.setdefault("results", [])
     samples = progress.kept.setdefault("samples", {})      # {arm: (8, 3, H, W)}
@@ -270,7 +242,7 @@ def run_all(arms, steps, args, settings, pairs, test, judge, reference):
         samples.setdefault(arm.name, images[:8].cpu())
         s1.print0(f"seed {seed}  {arm.name:30} " + "  ".join(
             f"{name} {result[name]:.3f}" for name in METRICS) + f"  {result['seconds']:.0f} s")
-        s1.write_csv(f"{name_results(args)}.csv", list(result), [
+        s1.write_csv(f"{stem}.csv", list(result), [
             [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in results])
         progress.begin_next()
     return results, samples, progress
@@ -332,11 +304,11 @@ def tabulate(results, arms, floor):
 
 def colour_of(arm):
     """Black for full data, grey for random, blue for eq. 6, orange for eq. 9, green for others."""
-    if arm.file or "," in arm.rank_by or arm.rank_by in s3.BASELINES:
+    if arm.file or arm.rank_by not in ("rating", "instance"):
         return "#009E73"
     if not arm.ratings:
         return "black" if arm.keep == 1 else "0.6"
-    return "#0072B2" if arm.ratings == EQ6[1] else "#D55E00"
+    return "#0072B2" if arm.ratings == EQ6 else "#D55E00"
 
 
 def draw_results(path, results, arms):
@@ -384,7 +356,6 @@ def parse_args(argv=None):
     parser = s1.options(
         __doc__, batch_size=(64, "pairs, all processes"), epochs=(16, "over every selection"),
         seeds=(3, "paired repetitions"), lr=(5e-3, "of the downstream model"))
-    parser.add_argument("--arms", choices=ARMS, default="default", help="which comparison")
     parser.add_argument("--selected", nargs="+", default=[], help="CSV files of stage 4 as arms")
     parser.add_argument("--metrics", choices=["mini", "standard"], default="mini",
                         help="own small network, or FID's Inception and OpenAI's CLIP")
@@ -403,7 +374,7 @@ def parse_args(argv=None):
     return args
 
 
-def main(args, device):
+def main(args, device, arms=ARMS, name="results"):
     if args.evaluate:
         return evaluate_files(args, device)
     settings, _ = s1.load_proxy(args.out)
@@ -414,7 +385,7 @@ def main(args, device):
         if any(file.lower().endswith(".npy") for file in args.selected):
             raise SystemExit("a .npy does not fit a corpus with planted dirt: use a CSV of keys")
         pairs = pairs.take(real)
-    arms, stem = list_arms(args, pairs), name_results(args)
+    arms, stem = list_arms(args, pairs, arms), Path(args.out) / name
     steps = count_steps(arms, args, settings, pairs)
     judge = (StandardJudge(args, device) if args.metrics == "standard"
              else s3.train_contrast(
@@ -426,7 +397,7 @@ def main(args, device):
              f"match {real['match']:.0f} %, distance {real['distance']:.3f}")
     s1.print0(floor)
     pairs = s1.keep_decoded(pairs, args.out)
-    results, samples, progress = run_all(arms, steps, args, settings, pairs, test, judge, reference)
+    results, samples, progress = run_all(stem, arms, steps, args, settings, pairs, test, judge, reference)
     table = tabulate(results, arms, floor)
     if s1.rank() == 0:
         with s1.atomic_file(f"{stem}.md") as file:

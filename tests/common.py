@@ -12,6 +12,14 @@ STAGES = s1, s2, s3, s4, s5 = [
     importlib.import_module(name) for name in (
         "01_proxy", "02_meta_rater", "03_score", "04_select", "05_train_eval")]
 OTHERS = ("chaotic-noise", "chaotic-caption", "plain")     # strata, beside the informative one
+RULES = {"Top-K": "topk", "Block": "block", "Gsample": "gsample", "Shift-Gsample": "shift-gsample"}
+
+
+def ruled(signal, rule, keep, rank_by="rating", note=""):
+    """Stage 5's arm of one rule on the ratings of one signal, 'eq. 6' or 'eq. 9'."""
+    settings = s5.BELL if (signal, rule) == ("eq. 6", "Gsample") else {}
+    return s5.Arm(f"{signal}, {rule} {keep:.0%}{note}", s5.EQ6 if signal == "eq. 6" else s5.EQ9,
+                  RULES[rule], keep, settings, rank_by)
 
 
 @functools.lru_cache(maxsize=None)

@@ -1,5 +1,9 @@
-"""The evidence that is no arm of stage 5: one command per question, one Markdown table each.
+"""The evidence beyond stage 5's ten arms: one command per question, one Markdown table each.
 
+    python tests/evidence.py main        every rule on both signals, and rankings without a rater
+                                         (Table 1)
+    python tests/evidence.py group       without the Group MLP (Table 4)
+    python tests/evidence.py retention   shares from 10 to 50 % (Fig. 1)
     python tests/evidence.py forward     does the rater add anything on pairs that no proxy saw?
     python tests/evidence.py signals     eq. 6, its noise, eq. 9, and the validation set
     python tests/evidence.py batches     does W_batch learn from batches that really differ?
@@ -7,8 +11,12 @@
     python tests/evidence.py models      other downstream models, and LoRA (Table 2)
     python tests/evidence.py corpora     other corpora (Table 3)
 
-Every seed redraws the corpus and trains its own proxies, rater and downstream models; the
-evaluation pairs and the judge are those of seed 0 throughout. "±" is the half-width of a 95 %
+The first three are stage 5 with other arms, with all options of stage 5: they compare the ratings
+in --out (those of `main` after 03_score.py --baselines) and write out/results-NAME.csv, .md and
+.png as 05_train_eval.py writes out/results; an interrupted run is continued by the same command.
+
+Of the others every seed redraws the corpus and trains its own proxies, rater and downstream models;
+the evaluation pairs and the judge are those of seed 0 throughout. "±" is the half-width of a 95 %
 interval; after the semicolon, the paired difference with the baseline named above the table, and
 whether it wins, ties or loses. Warm-ups, raters and arms are kept in --out (delete it to begin
 anew), so that the commands share them. On one core forward takes 18 minutes, signals 28, time 10,
@@ -31,7 +39,7 @@ import torch.nn.functional as F
 from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import STAGES, OTHERS, areas, head, show  # noqa: E402
+from common import STAGES, OTHERS, RULES, areas, head, ruled, show  # noqa: E402
 
 s1, s2, s3, s4, s5 = STAGES
 draw_toy, interval, METRICS = s1.draw_toy, s5.interval, s5.METRICS
@@ -43,6 +51,30 @@ SELECTIONS = {             # name: signal of the rater, rule, retention
     "eq. 6, Top-K 20%": ("difference", "topk", 0.2), "eq. 9, Top-K 50%": ("loss", "topk", 0.5),
     "eq. 9, Shift-Gsample 50%": ("loss", "shift-gsample", 0.5),
     "eq. 9, Shift-Gsample 20%": ("loss", "shift-gsample", 0.2)}
+
+
+# ---- stage 5 with the arms of the paper's tables ---------------------------------------------
+FULL, HALF, FIFTH = s5.ARMS[:3]
+TABLES = {
+    "main": [FULL, HALF, FIFTH,                            # Table 1
+             *(ruled(signal, rule, keep) for signal in ("eq. 6", "eq. 9") for keep in (0.5, 0.2)
+               for rule in RULES),
+             *(s5.Arm(f"{name}, Top-K 50%", s5.EQ6, "topk", 0.5, rank_by=name)
+               for name in (*s3.BASELINES, "rating,gain", "rating,contrast"))],
+    "group": [FULL, HALF,                                  # Table 4
+              *(ruled(signal, rule, 0.5, rank_by, note)
+                for signal, rule in (("eq. 6", "Top-K"), ("eq. 6", "Gsample"),
+                                     ("eq. 9", "Shift-Gsample"))
+                for rank_by, note in (("rating", ""), ("instance", ", Instance MLP alone")))],
+    "retention": [FULL, *(arm for keep in (0.1, 0.2, 0.3, 0.4, 0.5) for arm in    # Fig. 1
+                          (s5.Arm(f"random {keep:.0%}", keep=keep), ruled("eq. 6", "Top-K", keep),
+                           ruled("eq. 9", "Shift-Gsample", keep)))]}
+
+
+def compare_arms(name, argv):
+    """Stage 5 on the arms of one table, into OUT/results-NAME; argv: options of stage 5."""
+    stage = functools.partial(s5.main, arms=TABLES[name], name=f"results-{name}")
+    s1.launch(stage, s5.parse_args(argv))
 
 
 # ---- corpora ---------------------------------------------------------------------------------
@@ -716,12 +748,18 @@ QUESTIONS = {"forward": (forward, 5), "signals": (signals, 3), "batches": (batch
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in TABLES:
+        return compare_arms(argv[0], argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("question", choices=QUESTIONS)
+    parser.add_argument("question", choices=[*TABLES, *QUESTIONS], help=f"{', '.join(TABLES)} "
+                        "stand first and take the options of 05_train_eval.py, the others these")
     parser.add_argument("--out", default="evidence", help="folder of all results")
     parser.add_argument("--seeds", type=int, help="paired repetitions (3, for forward 5)")
     parser.add_argument("--smoke", action="store_true", help="tiny run, to see that it works")
     args = parser.parse_args(argv)
+    if args.question in TABLES:
+        parser.error(f"{args.question} has to stand before its options")
     torch.set_num_threads(1)
     question, seeds = QUESTIONS[args.question]
     question(Lab(args.out, args.smoke), range(args.seeds or seeds))

@@ -1,7 +1,7 @@
 """The README's drawings that are no stage's: the pipeline, what eq. 6 measures, retention.
 
     python tests/figures.py --out out        after stages 1 and 2; writes pipeline.png and eq6.png,
-                                             after 05_train_eval.py --arms retention retention.png;
+                                             after evidence.py retention retention.png;
                                              and real.png, the README's first picture, where --out
                                              holds stages 1 to 3 of pairs with planted dirt
 """

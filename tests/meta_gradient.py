@@ -30,7 +30,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import STAGES, areas, cell, print_table, spearman, warm_up  # noqa: E402
+from common import STAGES, RULES, areas, cell, print_table, ruled, spearman, warm_up  # noqa: E402
 
 s1, s2, s3, s4, s5 = STAGES
 OTHERS = ("chaotic-caption", "chaotic-noise", "plain")     # the strata in the order of the tables
@@ -349,15 +349,15 @@ def validation(args):
 
 # ---- diversity: purity and coverage of a selection -------------------------------------------
 KEEP = (0.1, 0.2, 0.3, 0.5)
-SIGNALS = {"eq. 6": ("difference", s5.EQ6), "eq. 9": ("loss", s5.EQ9)}
+SIGNALS = {"eq. 6": "difference", "eq. 9": "loss"}
 MARKERS = {"random": "s", "Top-K": "^", "Block": "v", "Gsample": "o", "Shift-Gsample": "D"}
 
 
 def list_selections():
     """(signal's name or '', rule, Arm of stage 5) of everything that is compared."""
     chosen = [("", "random", s5.Arm(f"random {keep:.0%}", keep=keep)) for keep in KEEP]
-    return chosen + [(label, rule, s5.ruled(SIGNALS[label][1], rule, keep))
-                     for label in SIGNALS for rule in s5.RULES for keep in KEEP]
+    return chosen + [(label, rule, ruled(label, rule, keep))
+                     for label in SIGNALS for rule in RULES for keep in KEEP]
 
 
 def count_combinations(captions):
@@ -394,7 +394,7 @@ def measure_selections(seed, args):
         min(s5.DRAWN, len(test))))[0])[0])
     found, file = [], Path(args.out) / "selection.npy"
     for label, _, arm in list_selections():
-        rating = (rate(seed, args.smoke, SIGNALS[label][0]).numpy() if label
+        rating = (rate(seed, args.smoke, SIGNALS[label]).numpy() if label
                   else np.zeros(len(pairs)))
         rows, _ = s4.select(rating, arm.method, arm.keep, seed=seed, **arm.settings)
         np.save(file, rows)

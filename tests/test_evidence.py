@@ -1,11 +1,15 @@
 """The questions of tests/evidence.py, tiny, and what its networks and corpora promise."""
+import csv
 import importlib
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from test_faults import Cut, cut_at
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 evidence = importlib.import_module("evidence")
@@ -30,6 +34,32 @@ def test_every_question_yields_its_table(folder, question, capsys, monkeypatch):
     assert len(lines) > 2
     if question != "time":                                 # which prints a second table
         assert len({line.count(" | ") for line in lines if "---" not in line}) == 1
+
+
+def test_arms_are_told_apart_by_name(stage):
+    for name, arms in evidence.TABLES.items():
+        assert len({arm.name for arm in arms}) == len(arms), name
+        assert {name for arm in arms for name in arm.rank_by.split(",")} <= set(stage(4).RANKINGS)
+
+
+def test_a_table_is_stage_5_with_other_arms(chain, tmp_path, capsys, monkeypatch):
+    """Three of its arms; cut off in the second it is continued; 05's own results are left alone."""
+    for name in ("proxy.pt", "rater.pt", "ratings.csv", "ratings.json", "results.csv"):
+        shutil.copy(chain / name, tmp_path)
+    random, *others = few = [evidence.TABLES["main"][k] for k in (1, -2, -1)]
+    monkeypatch.setitem(evidence.TABLES, "main", few)
+    command = ["main", "--smoke", "--seeds", "1", "--save-every", "0", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(evidence.s5, "evaluate", cut_at(evidence.s5.evaluate, 2))
+        evidence.main(command)
+    evidence.main(command)
+    assert f"continuing from {tmp_path}/results-main.progress" in capsys.readouterr().out
+    with open(tmp_path / "results-main.csv", newline="") as file:
+        assert [row["arm"] for row in csv.DictReader(file)] == [arm.name for arm in few]
+    table = (tmp_path / "results-main.md").read_text()
+    assert all(f"| {arm.name} | {random.name} |" in table for arm in others)
+    assert all((tmp_path / f"results-main{end}.png").exists() for end in ("", "-samples"))
+    assert (tmp_path / "results.csv").read_bytes() == (chain / "results.csv").read_bytes()
 
 
 def test_lora_learns_few_parameters_and_leaves_the_base_alone():
