@@ -30,7 +30,6 @@ import gzip
 import hashlib
 import html
 import importlib
-import math
 import re
 import sys
 import time
@@ -38,7 +37,6 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,10 +196,8 @@ def evaluate(net, test, judge, reference, seed):
     rng = s1.seeded(x.device, seed, "evaluate")
     eps = torch.randn(x.shape, generator=rng, device=x.device)
     t = (torch.arange(n, device=x.device) + 0.5) / n                          # every level once
-    losses = [s1.flow_loss(net, *part)
-              for part in zip(*(v.split(PART) for v in (x, c, t, eps)))]
-    images = [s1.sample(net, *part) for part in zip(
-        *(s1.mine(v).split(PART) for v in (c, eps)))]
+    losses = [s1.flow_loss(net, *part) for part in zip(*(v.split(PART) for v in (x, c, t, eps)))]
+    images = [s1.sample(net, *part) for part in zip(*(s1.mine(v).split(PART) for v in (c, eps)))]
     images = s1.gather(torch.cat(images))
     numbers = judge_images(judge, images, test.captions[:n], reference)
     return {"held-out": torch.cat(losses).mean().item(), **numbers}, images
@@ -215,8 +211,7 @@ def run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress):
     net = s1.build_proxy(settings, pairs.device)
     chosen = s1.keep_resident(pairs.take(rows), s1.RESIDENT).to(pairs.device)
     steps = args.epochs * (len(rows) // args.batch_size)                      # eq. 1: same epochs
-    s1.train(net, chosen, steps, args.batch_size, args.lr, seed, decay=DECAY,
-             progress=progress)
+    s1.train(net, chosen, steps, args.batch_size, args.lr, seed, decay=DECAY, progress=progress)
     seconds = progress.seconds
     numbers, images = evaluate(net, test, judge, reference, args.seed)
     shares = {name: float(np.mean(np.array(pairs.strata)[rows] == name))
@@ -256,21 +251,33 @@ def interval(values):
     """Mean and half-width of its 95 % interval (Student's t); nan below two values."""
     values = np.asarray(values, float)
     if len(values) < 2:
-        return values.mean(), math.nan
+        return values.mean(), np.nan
     return values.mean(), T975[min(len(values), 10) - 2] * values.std(ddof=1) / len(values) ** 0.5
 
 
 def show_interval(mean, half, sign=""):
-    return f"{mean:{sign}.3g}" + ("" if math.isnan(half) else f" ± {half:.2g}")
+    return f"{mean:{sign}.3g}" + ("" if np.isnan(half) else f" ± {half:.2g}")
 
 
 def verdict(difference, half, sign):
     """wins, loses, or tie where the interval of a paired difference holds zero; '' at one seed."""
-    if math.isnan(half):
+    if np.isnan(half):
         return ""
     if abs(difference) <= half:
         return "tie"
     return "wins" if difference * sign > 0 else "loses"
+
+
+def show_difference(values, sign):
+    """The interval of paired differences, and their verdict."""
+    mean, half = interval(values)
+    return f"{show_interval(mean, half, '+')} {verdict(mean, half, sign)}"
+
+
+def write_markdown(*rows):
+    """A table of rows of cells, of which the first is its head."""
+    head, *lines = ["| " + " | ".join(map(str, row)) + " |\n" for row in rows]
+    return "".join([head, "|---" * len(rows[0]) + "|\n", *lines])
 
 
 def tabulate(results, arms, floor):
@@ -278,28 +285,23 @@ def tabulate(results, arms, floor):
     values = {arm.name: {name: np.array([row[name] for row in results if row["arm"] == arm.name])
                          for name in results[0] if name != "arm"} for arm in arms}
     strata = [name for name in results[0] if name in s1.STRATUM_COLOURS]
-    seeds = len(results) // len(arms)
-    lines = [f"Mean and 95 % interval over {seeds} paired seeds; {floor}", "",
-             "| arm | pairs | " + " / ".join(strata) + " | seconds | " + " | ".join(METRICS) + " |",
-             "|---" * (4 + len(METRICS)) + "|"]
+    means = [("arm", "pairs", " / ".join(strata), "seconds", *METRICS)]
     for name, columns in values.items():
         shares = " / ".join(f"{100 * columns[stratum].mean():.0f}" for stratum in strata)
-        cells = [show_interval(*interval(columns[metric])) for metric in METRICS]
-        lines.append(f"| {name} | {columns['pairs'][0]} | {shares} | "
-                     f"{columns['seconds'].mean():.0f} | " + " | ".join(cells) + " |")
-    lines += ["", "Paired differences, arm minus baseline:", "",
-              "| arm | baseline | " + " | ".join(METRICS) + " |", "|---" * (2 + len(METRICS)) + "|"]
+        means.append((name, columns["pairs"][0], shares, f"{columns['seconds'].mean():.0f}",
+                      *(show_interval(*interval(columns[metric])) for metric in METRICS)))
     baselines = [arm.name for arm in arms if not arm.ratings and not arm.file]
-    compared = [(name, baseline) for name in values if name not in baselines
-                for baseline in baselines
-                if values[baseline]["pairs"][0] >= values[name]["pairs"][0]]
-    for name, baseline in compared:
-        cells = []
-        for metric, sign in METRICS.items():
-            mean, half = interval(values[name][metric] - values[baseline][metric])
-            cells.append(f"{show_interval(mean, half, '+')} {verdict(mean, half, sign)}")
-        lines.append(f"| {name} | {baseline} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    differences = [("arm", "baseline", *METRICS)]
+    for name, columns in values.items():
+        for baseline in [] if name in baselines else baselines:
+            rival = values[baseline]
+            if rival["pairs"][0] >= columns["pairs"][0]:
+                differences.append((name, baseline, *(
+                    show_difference(columns[metric] - rival[metric], sign)
+                    for metric, sign in METRICS.items())))
+    return (f"Mean and 95 % interval over {len(results) // len(arms)} paired seeds; {floor}\n\n"
+            + write_markdown(*means) + "\nPaired differences, arm minus baseline:\n\n"
+            + write_markdown(*differences))
 
 
 def colour_of(arm):
@@ -387,9 +389,8 @@ def main(args, device, arms=ARMS, name="results"):
         pairs = pairs.take(real)
     arms, stem = list_arms(args, pairs, arms), Path(args.out) / name
     steps = count_steps(arms, args, settings, pairs)
-    judge = (StandardJudge(args, device) if args.metrics == "standard"
-             else s3.train_contrast(
-                 test, 20 if args.smoke else s3.CONTRAST_STEPS, args.seed))
+    judge = (StandardJudge(args, device) if args.metrics == "standard" else
+             s3.train_contrast(test, 20 if args.smoke else s3.CONTRAST_STEPS, args.seed))
     (x, _), (other, _) = (split.batch(np.arange(min(DRAWN, len(split)))) for split in (test, val))
     reference = moments(torch.cat([judge.embed_images(part)[0] for part in x.split(PART)]))
     real = judge_images(judge, other, val.captions[:len(other)], reference)
@@ -397,7 +398,8 @@ def main(args, device, arms=ARMS, name="results"):
              f"match {real['match']:.0f} %, distance {real['distance']:.3f}")
     s1.print0(floor)
     pairs = s1.keep_decoded(pairs, args.out)
-    results, samples, progress = run_all(stem, arms, steps, args, settings, pairs, test, judge, reference)
+    results, samples, progress = run_all(stem, arms, steps, args, settings, pairs, test, judge,
+                                         reference)
     table = tabulate(results, arms, floor)
     if s1.rank() == 0:
         with s1.atomic_file(f"{stem}.md") as file:
@@ -475,34 +477,27 @@ def load_strictly(net, state, path):
     return net
 
 
-class QuickGELU(nn.Module):
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
-
-
-class ClipBlock(nn.Module):
-    """Pre-norm transformer block with the names of OpenAI's state dict."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(),
-                                             c_proj=nn.Linear(4 * width, width)))
-
-    def forward(self, h, mask=None):                                          # (B, S, D)
-        n = self.ln_1(h)
-        h = h + self.attn(n, n, n, need_weights=False, attn_mask=mask)[0]
-        return h + self.mlp(self.ln_2(h))
-
-
 def clip_tower(width, depth):
-    """`depth` blocks under the name transformer.resblocks; 64 numbers a head."""
+    """`depth` pre-norm transformer blocks, 64 numbers a head, with OpenAI's fast GELU."""
     if width % 64 or width > 1024:
         raise SystemExit(f"a CLIP of width {width} is none of OpenAI's, whose heads have 64 "
                          "numbers: how many this one's have, its file does not say")
-    blocks = nn.ModuleList(ClipBlock(width, width // 64) for _ in range(depth))
-    return nn.ModuleDict({"resblocks": blocks})
+    block = nn.TransformerEncoderLayer(
+        width, width // 64, 4 * width, dropout=0.0, batch_first=True, norm_first=True,
+        activation=lambda h: h * torch.sigmoid(1.702 * h))
+    return nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
+
+
+CLIP_NAMES = {             # of the parts of a block: OpenAI's, torch's
+    "resblocks": "layers", "ln_1": "norm1", "attn": "self_attn", "ln_2": "norm2",
+    "mlp.c_fc": "linear1", "mlp.c_proj": "linear2"}
+
+
+def rename_parts(_, state, *__):
+    """Before a state dict of OpenAI's is loaded: the names that torch gives to the same parts."""
+    for name in list(state):
+        named = re.sub("|".join(CLIP_NAMES), lambda part: CLIP_NAMES[part[0]], name)
+        state[named] = state.pop(name)
 
 
 class ClipImages(nn.Module):
@@ -520,9 +515,7 @@ class ClipImages(nn.Module):
     def forward(self, x):
         h = self.conv1(x).flatten(2).transpose(1, 2)                          # (B, P, D)
         h = torch.cat([self.class_embedding.expand(len(h), 1, -1), h], 1)
-        h = self.ln_pre(h + self.positional_embedding)                        # (B, 1 + P, D)
-        for block in self.transformer["resblocks"]:
-            h = block(h)
+        h = self.transformer(self.ln_pre(h + self.positional_embedding))      # (B, 1 + P, D)
         return self.ln_post(h[:, 0]) @ self.proj                              # (B, embedding)
 
 
@@ -544,13 +537,12 @@ class Clip(nn.Module):
         self.ln_final = nn.LayerNorm(shape["positional_embedding"][1])
         self.text_projection = nn.Parameter(torch.zeros(shape["text_projection"]))
         self.logit_scale = nn.Parameter(torch.zeros(()))
+        self.register_load_state_dict_pre_hook(rename_parts)
 
     def encode_text(self, ids):
         """Token ids (B, 77) -> (B, embedding), read at the end-of-text token, the largest id."""
-        h = self.token_embedding(ids) + self.positional_embedding             # (B, 77, D)
         mask = torch.ones(2 * ids.shape[1:], dtype=torch.bool, device=ids.device).triu(1)
-        for block in self.transformer["resblocks"]:
-            h = block(h, mask)
+        h = self.transformer(self.token_embedding(ids) + self.positional_embedding, mask)
         rows = torch.arange(len(ids), device=ids.device)
         return self.ln_final(h)[rows, ids.argmax(1)] @ self.text_projection
 
@@ -616,12 +608,8 @@ class ClipTokenizer:
         parts[-1] += "</w>"
         while pairs := [pair for pair in zip(parts, parts[1:]) if pair in self.order]:
             first, second = min(pairs, key=self.order.get)
-            joined, k = [], 0
-            while k < len(parts):
-                hit = parts[k:k + 2] == [first, second]
-                joined.append(first + second if hit else parts[k])
-                k += 1 + hit
-            parts = joined
+            spaced = "".join(f" {part} " for part in parts)
+            parts = spaced.replace(f" {first}  {second} ", f" {first}{second} ").split()
         return [self.ids[part] for part in parts]
 
     def encode(self, caption):
@@ -666,7 +654,7 @@ class StandardJudge:
             raise SystemExit(f"{paths['clip_vocab']} has {tokens} tokens, {paths['clip']} has "
                              f"{rows} rows for them: give the vocabulary that it was trained with")
         side, patch = self.clip.visual.positional_embedding, self.clip.visual.conv1.kernel_size[0]
-        self.size, self.device = math.isqrt(len(side) - 1) * patch, device
+        self.size, self.device = round((len(side) - 1) ** 0.5) * patch, device
         print0 = s1.print0
         print0(f"CLIP ViT, width {side.shape[1]}, patch {patch}, {self.size} px: score = 100 cos "
                "(other tools print 2.5 max(cos, 0)); FID with the Inception-v3 of 2015")
@@ -724,28 +712,26 @@ class Moments:
 
 
 def measure_images(judge, path, out, batch_size=50):
-    """Moments of all images in `path`, and the cosines of those that have a caption."""
+    """Moments of all images in `path`; the cosines of those with a caption, to the first process.
+    """
     shards, skipped = s1.open_pairs(path, 0, 0, out), {}
-    found, cosines, batch = Moments(2048), [], []
-    for row in range(s1.rank(), len(shards) + s1.world(), s1.world()):
-        if row < len(shards):
-            key, files = shards.read(row)
+    found, cosines, rows = Moments(2048), [], np.arange(s1.rank(), len(shards), s1.world())
+    for part in np.split(rows, range(batch_size, len(rows), batch_size)):
+        batch = []
+        for key, files in map(shards.read, part):
             try:
                 image = s1.open_image(s1.find_image(files))
                 batch.append((image_ops.pil_to_tensor(image), s1.read_caption(files)))
             except Exception:                              # decoders of broken files raise anything
                 skipped["unreadable image", key] = 1
-        if batch and (len(batch) == batch_size or row >= len(shards)):
+        if batch:
             f, unit = judge.embed_pixels([image for image, _ in batch])
             found.add(f)
-            named = [row for row, (_, caption) in enumerate(batch) if caption]
-            if named:
-                text = judge.embed_captions([batch[row][1] for row in named])
-                cosines += (unit[named] * text).sum(1).tolist()
-            batch = []
+            named = [k for k, (_, caption) in enumerate(batch) if caption]
+            text = judge.embed_captions([batch[k][1] for k in named]) if named else unit[:0]
+            cosines += (unit[named] * text).sum(1).tolist()
     s1.print_skipped(s1.merge(skipped))
-    sums = [found.sums[0, 0], len(cosines), sum(cosines), np.square(cosines).sum()]
-    return found, s1.add_up(torch.tensor(sums).double()).tolist()
+    return found, s1.gather_lists(cosines)
 
 
 def read_statistics(path):
@@ -770,17 +756,16 @@ def evaluate_files(args, device):
     if args.save_statistics and not Path(args.save_statistics).absolute().parent.is_dir():
         raise SystemExit(f"--save-statistics {args.save_statistics}: there is no such folder")
     judge = StandardJudge(args, device)
-    found, (n, captioned, total, squares) = measure_images(judge, args.evaluate, args.out)
-    if captioned:
-        mean = total / captioned
-        error = (max(squares / captioned - mean ** 2, 0) / captioned) ** 0.5
-        s1.print0(f"CLIP score {100 * mean:.3f} +- {100 * error:.3f} (standard error) "
-                  f"of {captioned:.0f} captioned images")
+    found, cosines = measure_images(judge, args.evaluate, args.out)
+    if cosines:
+        error = np.std(cosines) / len(cosines) ** 0.5
+        s1.print0(f"CLIP score {100 * np.mean(cosines):.3f} +- {100 * error:.3f} (standard error) "
+                  f"of {len(cosines)} captioned images")
     if args.save_statistics or args.reference:
         n, mu, S = found.finish()
     else:
-        s1.print0(f"{n:.0f} images; --reference would give their FID"
-                  + ("" if captioned else ", captions beside them a CLIP score"))
+        s1.print0(f"{s1.add_up(found.sums[0, 0]):.0f} images; --reference would give their FID"
+                  + ("" if cosines else ", captions beside them a CLIP score"))
     if args.save_statistics and s1.rank() == 0:
         with s1.atomic_file(args.save_statistics, "wb") as file:
             np.savez(file, mu=mu, sigma=S, count=n)

@@ -23,10 +23,9 @@ def compare(path, one, two):
                          f"{', '.join(sorted({arm for arm, _ in rows}))}")
     found = {}
     for metric, sign in s5.METRICS.items():
-        mean, half = s5.interval(
-            [float(rows[one, seed][metric]) - float(rows[two, seed][metric]) for seed in seeds])
-        found[metric] = (f"{s5.show_interval(mean, half, '+')} "
-                         f"{s5.verdict(mean, half, sign)}")
+        found[metric] = s5.show_difference(
+            [float(rows[one, seed][metric]) - float(rows[two, seed][metric]) for seed in seeds],
+            sign)
     return found
 
 

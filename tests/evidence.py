@@ -385,9 +385,7 @@ def cell(values, baseline=None, sign=1):
     text = s5.show_interval(*interval(values))
     if baseline is None:
         return text
-    mean, half = interval(np.subtract(values, baseline))
-    return (f"{text}; {s5.show_interval(mean, half, '+')} "
-            f"{s5.verdict(mean, half, sign)}")
+    return f"{text}; {s5.show_difference(np.subtract(values, baseline), sign)}"
 
 
 def metric_cells(rows, baseline=None):

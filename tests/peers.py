@@ -48,8 +48,8 @@ def compare_fid(folder, count=100, repeats=3):
     judge, ratios = Judge(net, lambda x: torch.ones(len(x), 4)), []
     for _ in range(repeats):
         began = time.time()
-        ours = stage.frechet_distance(*(part for name in "ab" for part in
-                                        stage.measure_images(judge, str(folder / name))[0][1:]))
+        found = [stage.measure_images(judge, str(folder / name), None)[0] for name in "ab"]
+        ours = stage.frechet_distance(*(part for sums in found for part in sums.finish()[1:]))
         middle = time.time()
         paths = [str(folder / "a"), str(folder / "b")]
         theirs = calculate_fid_given_paths(paths, 50, "cpu", 2048, 0)
