@@ -32,7 +32,6 @@ import html
 import importlib
 import re
 import sys
-import time
 import unicodedata
 import warnings
 import zipfile
@@ -139,22 +138,16 @@ def list_arms(args, pairs, arms=ARMS):
     return found
 
 
-def count_steps(arms, args, settings, pairs):
+def count_steps(arms, args, pairs):
     """Steps of every arm: all that they read is read here, before any training. Says the cost."""
     sizes = [len(choose_rows(arm, pairs, args.out, args.seed)) for arm in arms]
     if min(sizes) < args.batch_size:
         raise SystemExit(f"{arms[np.argmin(sizes)].name}: {min(sizes)} pairs are fewer than "
                          "--batch-size")
-    steps = [args.epochs * (size // args.batch_size) for size in sizes]       # eq. 1: same epochs
-    began = time.monotonic()
-    with torch.random.fork_rng(devices=[]):                # what follows draws as if this were not
-        s1.train(s1.build_proxy(settings, pairs.device), pairs, 4,
-                 args.batch_size, args.lr, args.seed)
-    minutes = (time.monotonic() - began) / 4 * args.seeds * sum(steps) / 60
-    s1.print0(f"{args.seeds * len(arms)} models, {args.seeds * sum(steps):,} steps in "
-              f"all, about {minutes:.0f} minutes of training; fewer --seeds or --epochs, "
-              "or some files with --selected, make it less")
-    return dict(zip((arm.name for arm in arms), steps))
+    steps = {arm.name: args.epochs * (size // args.batch_size) for arm, size in zip(arms, sizes)}
+    s1.print0(f"{args.seeds * len(arms)} models, {args.seeds * sum(steps.values()):,} steps in "
+              "all; fewer --seeds or --epochs, or some files with --selected, make it less")
+    return steps
 
 
 # ---- metrics ---------------------------------------------------------------------------------
@@ -330,9 +323,8 @@ def draw_results(path, results, arms):
         axis.grid(axis="x", alpha=0.3)
         if better == "less":                               # some selections are worse tenfold
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter("")
+            axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}",
+                           minor_formatter="")
         else:
             axis.set_xlim(left=0)
         axis.tick_params(axis="x", labelsize=8)
@@ -388,7 +380,7 @@ def main(args, device, arms=ARMS, name="results"):
             raise SystemExit("a .npy does not fit a corpus with planted dirt: use a CSV of keys")
         pairs = pairs.take(real)
     arms, stem = list_arms(args, pairs, arms), Path(args.out) / name
-    steps = count_steps(arms, args, settings, pairs)
+    steps = count_steps(arms, args, pairs)
     judge = (StandardJudge(args, device) if args.metrics == "standard" else
              s3.train_contrast(test, 20 if args.smoke else s3.CONTRAST_STEPS, args.seed))
     (x, _), (other, _) = (split.batch(np.arange(min(DRAWN, len(split)))) for split in (test, val))
@@ -467,7 +459,6 @@ def build_inception():
 
 def load_strictly(net, state, path):
     """Load weights of which none may be missing, left over or of another shape."""
-    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     counters = {name: value for name, value in net.state_dict().items()
                 if name.endswith("num_batches_tracked")}
     try:
@@ -565,9 +556,11 @@ def load_state(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise SystemExit(f"{path} is no file of weights: {' '.join(str(error).split())[:120]}")
-    if not isinstance(state, dict) or not any(map(torch.is_tensor, state.values())):
+    named = state.items() if isinstance(state, dict) else []
+    tensors = {name: value for name, value in named if torch.is_tensor(value)}
+    if not tensors:
         raise SystemExit(f"{path} holds no weights by name: save the network's state_dict alone")
-    return state
+    return tensors
 
 
 @functools.cache
@@ -641,8 +634,7 @@ class StandardJudge:
                                        paths["inception"]).to(device)
         self.inception.fc = nn.Identity()                  # the 2048 features before the classes
         state = {name: value.float() for name, value in load_state(paths["clip"]).items()
-                 if torch.is_tensor(value)
-                 and name not in ("input_resolution", "context_length", "vocab_size")}
+                 if value.is_floating_point()}             # not its three sizes
         try:
             clip = Clip(state)
         except (LookupError, ValueError, TypeError):
@@ -655,12 +647,11 @@ class StandardJudge:
                              f"{rows} rows for them: give the vocabulary that it was trained with")
         side, patch = self.clip.visual.positional_embedding, self.clip.visual.conv1.kernel_size[0]
         self.size, self.device = round((len(side) - 1) ** 0.5) * patch, device
-        print0 = s1.print0
-        print0(f"CLIP ViT, width {side.shape[1]}, patch {patch}, {self.size} px: score = 100 cos "
-               "(other tools print 2.5 max(cos, 0)); FID with the Inception-v3 of 2015")
+        s1.print0(f"CLIP ViT, width {side.shape[1]}, patch {patch}, {self.size} px: score = 100 "
+                  "cos (other tools print 2.5 max(cos, 0)); FID with the Inception-v3 of 2015")
         if args.clip:
-            print0(f"{args.clip} does not say with which activation it was trained: QuickGELU is "
-                   "taken, as in OpenAI's; weights trained with plain GELU get another score")
+            s1.print0(f"{args.clip} does not say with which activation it was trained: QuickGELU "
+                      "is taken, as in OpenAI's; weights trained with plain GELU get another score")
 
     @torch.no_grad()
     def embed_pixels(self, images):

@@ -62,6 +62,12 @@ def test_a_table_is_stage_5_with_other_arms(chain, tmp_path, capsys, monkeypatch
     assert (tmp_path / "results.csv").read_bytes() == (chain / "results.csv").read_bytes()
 
 
+def test_a_table_stands_before_its_options(capsys):
+    with pytest.raises(SystemExit):
+        evidence.main(["--out", "elsewhere", "main"])
+    assert "main has to stand before its options" in capsys.readouterr().err
+
+
 def test_lora_learns_few_parameters_and_leaves_the_base_alone():
     torch.manual_seed(0)
     net = evidence.s1.DiT(16, 4, 64, 3, 8)
