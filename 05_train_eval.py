@@ -449,11 +449,9 @@ def build_inception():
     """
     net = inception_v3(weights=None, num_classes=1008, aux_logits=False, transform_input=False,
                        init_weights=False)
-    average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1,
-                                count_include_pad=False)
     for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-        repool(getattr(net, f"Mixed_{name}"), average)
-    repool(net.Mixed_7c, functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))
+        repool(getattr(net, f"Mixed_{name}"), nn.AvgPool2d(3, 1, 1, count_include_pad=False))
+    repool(net.Mixed_7c, nn.MaxPool2d(3, 1, 1))
     return net.eval().requires_grad_(False)
 
 
@@ -703,8 +701,7 @@ class Moments:
 
 
 def measure_images(judge, path, out, batch_size=50):
-    """Moments of all images in `path`; the cosines of those with a caption, to the first process.
-    """
+    """Moments of all images in `path`; for the first process the cosines of captioned ones."""
     shards, skipped = s1.open_pairs(path, 0, 0, out), {}
     found, cosines, rows = Moments(2048), [], np.arange(s1.rank(), len(shards), s1.world())
     for part in np.split(rows, range(batch_size, len(rows), batch_size)):
