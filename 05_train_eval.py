@@ -15,7 +15,7 @@ Features and cosines come from stage 3's small contrastive network, trained here
 trusted pairs, which no rating has seen: its distance is not FID and its score not OpenAI's CLIP
 score. --metrics standard uses the public networks of both instead, and --evaluate
 does so for images that already exist: their code comes after `main` and can be skipped. Full data
-and a random selection are always among the arms.
+and a random selection are always among the arms; tests/evidence.py has the paper's tables.
 
 Reads    out/proxy.pt, out/ratings.csv, out/ratings-loss.csv, or --selected CSV files of stage 4
 Writes   out/results.csv (a row per arm and seed), .md, .png, and out/results-samples.png (all arms
@@ -83,10 +83,8 @@ ARMS = [Arm("full"), Arm("random 50%", keep=0.5), Arm("random 20%", keep=0.2),
         Arm("eq. 9, Top-K 50%", EQ9, "topk", 0.5),
         Arm("eq. 9, Shift-Gsample 50%", EQ9, "shift-gsample", 0.5),
         Arm("eq. 9, Shift-Gsample 20%", EQ9, "shift-gsample", 0.2)]
-
-
-read_once, check_once = map(functools.cache, (             # of each file, for all arms and seeds
-    s4.read_ratings, s4.read_record))
+read_once = functools.cache(s4.read_ratings)               # of each file, for all arms and seeds
+check_once = functools.cache(s4.read_record)
 
 
 def find_file(arm, out):
@@ -115,8 +113,8 @@ def choose_rows(arm, pairs, out, seed):
 
 def list_arms(args, pairs, arms=ARMS):
     """Those of `arms` whose ratings exist; or full, random and one per --selected file."""
-    for cached in (read_once, check_once):
-        cached.cache_clear()
+    read_once.cache_clear()
+    check_once.cache_clear()
     if args.selected:
         stems = [Path(file).stem for file in args.selected]
         names = [stem if stems.count(stem) == 1 and not re.match("full$|random ", stem)

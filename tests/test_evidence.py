@@ -44,7 +44,8 @@ def test_arms_are_told_apart_by_name(stage):
 
 def test_a_table_is_stage_5_with_other_arms(chain, tmp_path, capsys, monkeypatch):
     """Three of its arms; cut off in the second it is continued; 05's own results are left alone."""
-    for name in ("proxy.pt", "rater.pt", "ratings.csv", "ratings.json", "results.csv"):
+    for name in ("proxy.pt", "rater.pt", "ratings.csv", "ratings.npy", "ratings.json",
+                 "results.csv"):
         shutil.copy(chain / name, tmp_path)
     random, *others = few = [evidence.TABLES["main"][k] for k in (1, -2, -1)]
     monkeypatch.setitem(evidence.TABLES, "main", few)
