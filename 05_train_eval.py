@@ -32,6 +32,7 @@ import html
 import importlib
 import re
 import sys
+import time
 import unicodedata
 import warnings
 import zipfile
@@ -136,15 +137,21 @@ def list_arms(args, pairs, arms=ARMS):
     return found
 
 
-def count_steps(arms, args, pairs):
+def count_steps(arms, args, settings, pairs):
     """Steps of every arm: all that they read is read here, before any training. Says the cost."""
     sizes = [len(choose_rows(arm, pairs, args.out, args.seed)) for arm in arms]
     if min(sizes) < args.batch_size:
         raise SystemExit(f"{arms[np.argmin(sizes)].name}: {min(sizes)} pairs are fewer than "
                          "--batch-size")
     steps = {arm.name: args.epochs * (size // args.batch_size) for arm, size in zip(arms, sizes)}
-    s1.print0(f"{args.seeds * len(arms)} models, {args.seeds * sum(steps.values()):,} steps in "
-              "all; fewer --seeds or --epochs, or some files with --selected, make it less")
+    began, total = time.monotonic(), args.seeds * sum(steps.values())
+    with torch.random.fork_rng(devices=[]):                # what follows draws as if this were not
+        s1.train(s1.build_proxy(settings, pairs.device), pairs, 4, args.batch_size, args.lr,
+                 args.seed)
+    minutes = (time.monotonic() - began) / 4 * total / 60
+    s1.print0(f"{args.seeds * len(arms)} models, {total:,} steps in all, about {minutes:.0f} "
+              "minutes of training; fewer --seeds or --epochs, or some files with --selected, make "
+              "it less")
     return steps
 
 
@@ -378,7 +385,7 @@ def main(args, device, arms=ARMS, name="results"):
             raise SystemExit("a .npy does not fit a corpus with planted dirt: use a CSV of keys")
         pairs = pairs.take(real)
     arms, stem = list_arms(args, pairs, arms), Path(args.out) / name
-    steps = count_steps(arms, args, pairs)
+    steps = count_steps(arms, args, settings, pairs)
     judge = (StandardJudge(args, device) if args.metrics == "standard" else
              s3.train_contrast(test, 20 if args.smoke else s3.CONTRAST_STEPS, args.seed))
     (x, _), (other, _) = (split.batch(np.arange(min(DRAWN, len(split)))) for split in (test, val))

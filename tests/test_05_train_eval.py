@@ -133,7 +133,7 @@ def test_each_ratings_file_is_read_once(stage, chain, tmp_path, monkeypatch, cap
     launch(stage, 5, ["--smoke", "--out", str(tmp_path)])
     assert sorted(files) == [str(tmp_path / f"ratings{end}.csv") for end in ("-loss", "")]
     before, after = capsys.readouterr().out.split("real images", 1)
-    assert "20 models, 136 steps in all" in before and "fewer --seeds" in before
+    assert "20 models, 136 steps in all, about 0 minutes" in before and "fewer --seeds" in before
     assert "step 1 of 136   " in after and "pairs a second" in after and "left" in after
 
 
