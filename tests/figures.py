@@ -378,6 +378,9 @@ def main(argv=None):
     pairs = s1.load_data(settings, "cpu")[0]
     if settings.plant:
         return draw_real(out / "real.png", out)
+    if not set(LOOKS) <= set(pairs.strata):
+        raise SystemExit(f"{out}/proxy.pt is not of toy pairs, whose kinds these figures tell apart: "
+                         "name the --out of a run without --data")
     draw_pipeline(out / "pipeline.png")
     draw_eq6(out / "eq6.png", nets, pairs.take(np.arange(min(1500, len(pairs)))))
     draw_apart(out / "apart.png", (ASSETS / "evidence.md").read_text(encoding="utf-8"))
