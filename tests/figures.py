@@ -25,7 +25,7 @@ from common import STAGES, areas, print_table  # noqa: E402
 
 s1, s2, s3, s4, s5 = STAGES
 ASSETS = Path(__file__).resolve().parent.parent / ".assets"
-BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#C03000", "0.35"
+BLUE, RED, GREY = "#0072B2", "#C03000", "0.35"
 LOOKS = {                  # stratum: its name in a drawing, mark and hatch, which show in grey, too
     "informative": ("informative", "o", ""), "plain": ("plain", "s", ".."),
     "chaotic-noise": ("noise", "^", "//"), "chaotic-caption": ("wrong caption", "X", "xx")}
@@ -70,7 +70,7 @@ def draw_pipeline(path):
         arrow(axis, start, end)
     arrow(axis, rater, W, lift=-0.2)
     for net in (ref, proxy):
-        arrow(axis, W, net, linestyle=":", color="black", linewidth=2)
+        arrow(axis, W, net, color="black", linewidth=2.5)
     axis.text(6.6, 2.95, "weigh the pairs (eq. 5)", fontsize=13, ha="center")
     for start, end, lift in ((val, proxy, 0), (proxy, gap, 0), (gap, W, 0), (W, rater, 0.2)):
         arrow(axis, start, end, lift, color=RED, linewidth=5, mutation_scale=28)
@@ -379,7 +379,7 @@ def main(argv=None):
     if settings.plant:
         return draw_real(out / "real.png", out)
     if not set(LOOKS) <= set(pairs.strata):
-        raise SystemExit(f"{out}/proxy.pt is not of toy pairs, whose kinds these figures tell apart: "
+        raise SystemExit(f"{out}/proxy.pt is of other pairs than the toy, whose kinds are drawn: "
                          "name the --out of a run without --data")
     draw_pipeline(out / "pipeline.png")
     draw_eq6(out / "eq6.png", nets, pairs.take(np.arange(min(1500, len(pairs)))))
