@@ -1,23 +1,34 @@
-"""The README's drawings that are no stage's: the pipeline, what eq. 6 measures, retention.
+"""The drawings of README and lecture that are no stage's: pipeline, eq. 6, bells, steps, retention.
 
-    python tests/figures.py --out out        after stages 1 and 2; writes pipeline.png and eq6.png,
+    python tests/figures.py --out out        after stages 1 and 2; writes pipeline.png, eq6.png,
+                                             apart.png (of the tables in .assets/evidence.md) and
+                                             example.png, whose table it prints for the lecture;
+                                             after stage 3 with both signals bells.png;
                                              after evidence.py retention retention.png;
                                              and real.png, the README's first picture, where --out
                                              holds stages 1 to 3 of pairs with planted dirt
 """
 import csv
+import itertools
+import re
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import patheffects
 from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import STAGES, areas  # noqa: E402
+from common import STAGES, areas, print_table  # noqa: E402
 
-s1, s2, s3, _, s5 = STAGES
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "0.35"
+s1, s2, s3, s4, s5 = STAGES
+ASSETS = Path(__file__).resolve().parent.parent / ".assets"
+BLUE, RED, GREY = "#0072B2", "#C03000", "0.35"
+LOOKS = {                  # stratum: its name in a drawing, mark and hatch, which show in grey, too
+    "informative": ("informative", "o", ""), "plain": ("plain", "s", ".."),
+    "chaotic-noise": ("noise", "^", "//"), "chaotic-caption": ("wrong caption", "X", "xx")}
 STAGES = [("01_proxy.py", "warm up theta_hat\non all pairs (eq. 4)"),
           ("02_meta_rater.py", "which pairs help?\n(eqs. 5-9)"),
           ("03_score.py", "one rating\nfor every pair"),
@@ -27,45 +38,51 @@ STAGES = [("01_proxy.py", "warm up theta_hat\non all pairs (eq. 4)"),
 
 def box(axis, x, y, text, colour=GREY, bold=""):
     """A box around text, centred at (x, y)."""
-    axis.text(x, y + 0.75, bold, ha="center", fontsize=11, weight="bold")
-    return axis.text(x, y, text, ha="center", va="center", fontsize=11, linespacing=1.4, bbox={
+    axis.text(x, y + 0.75, bold, ha="center", fontsize=13, weight="bold")
+    return axis.text(x, y, text, ha="center", va="center", fontsize=13, linespacing=1.4, bbox={
         "boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": colour, "linewidth": 1.5})
 
 
-def arrow(axis, start, end, text="", colour=GREY, beside=(0, 0.15)):
-    """An arrow from the edge of one box to that of another, and a text beside its middle."""
+def arrow(axis, start, end, lift=0.0, **style):
+    """An arrow from the edge of one box to that of another, moved up by `lift`."""
     (x, y), (x2, y2) = start.get_position(), end.get_position()
-    axis.annotate("", (x2, y2), (x, y), zorder=4, arrowprops={
-        "arrowstyle": "-|>", "color": colour, "linewidth": 1.5, "shrinkA": 2, "shrinkB": 2,
-        "patchA": start.get_bbox_patch(), "patchB": end.get_bbox_patch()})
-    axis.text((x + x2) / 2 + beside[0], (y + y2) / 2 + beside[1], text, ha="center", fontsize=10,
-              color=colour)
+    axis.annotate("", (x2, y2 + lift), (x, y + lift), zorder=4, arrowprops={
+        "arrowstyle": "-|>", "color": GREY, "linewidth": 1.5, "shrinkA": 2, "shrinkB": 2,
+        "patchA": start.get_bbox_patch(), "patchB": end.get_bbox_patch(), **style})
 
 
 def draw_pipeline(path):
-    """Above, the five stages; below, one step of stage 2."""
-    figure, axis = plt.subplots(figsize=(13, 6.5))
-    axis.set(xlim=(-1.6, 13.3), ylim=(-0.6, 7.1))
+    """Above, the five stages; below, one step of stage 2, its gradient as thick arrows."""
+    figure, axis = plt.subplots(figsize=(14, 8))
+    axis.set(xlim=(-1.6, 13.5), ylim=(-1.9, 7.1))
     axis.axis("off")
-    boxes = [box(axis, 2.95 * k, 6, text, bold=name) for k, (name, text) in enumerate(STAGES)]
-    train = box(axis, 0, 2.5, "training pairs x_i:\ngood, plain, wrong")
-    val = box(axis, 0, 0, "validation pairs\nthat you trust", BLUE)
-    rater = box(axis, 4.6, 4, "rater mu", BLUE)
-    ref = box(axis, 4.6, 2, "theta_hat learns from\ntraining pairs", ORANGE)
-    proxy = box(axis, 4.6, 0, "theta learns from training\nand validation pairs", ORANGE)
-    W = box(axis, 10.3, 4, "W_i = W_inst,i W_batch   (eq. 7)", BLUE)
-    gap = box(axis, 10.3, 1, "L(theta; x_i) - L(theta_hat; x_i)\nunder the same t and eps:\n"
-              "dL_val / dW_i, to first order")
+    boxes = [box(axis, 3 * k, 6, text, bold=name) for k, (name, text) in enumerate(STAGES)]
+    train = box(axis, 0, 2.1, "training pairs x_i:\ninformative, plain,\nnoise, wrong caption")
+    val = box(axis, 0, -1, "validation pairs\nthat you trust", RED)
+    rater = box(axis, 5, 4, "rater mu", RED)
+    ref = box(axis, 5, 1.5, "theta_hat learns from\ntraining pairs (eq. 5)")
+    proxy = box(axis, 5, -1, "theta learns from training\nand validation pairs (eq. 5)", RED)
+    W = box(axis, 10.9, 4, "weights of the pairs (eq. 7)\nW_i = W_inst,i W_batch", RED)
+    gap = box(axis, 10.9, -0.1, "difference (eq. 6)\nL(theta; x_i) - L(theta_hat; x_i)\n"
+              "under one noise t, eps", RED)
     for start, end in (*zip(boxes, boxes[1:]), (train, rater), (train, ref), (train, proxy),
-                       (ref, gap), (proxy, gap)):
+                       (ref, gap)):
         arrow(axis, start, end)
-    arrow(axis, val, proxy, "g_val", BLUE)
-    arrow(axis, rater, W, "", BLUE)
-    arrow(axis, W, ref, "weighs the pairs of both\n(eq. 5)", ORANGE, (-1.2, 0.15))
-    arrow(axis, W, proxy, "", ORANGE)
-    arrow(axis, gap, W, "where it is low,\nW_i rises (eq. 6)", BLUE, (1.15, -0.05))
+    arrow(axis, rater, W, lift=-0.2)
+    for net in (ref, proxy):
+        arrow(axis, W, net, color="black", linewidth=2.5)
+    axis.text(6.6, 2.95, "weigh the pairs (eq. 5)", fontsize=13, ha="center")
+    for start, end, lift in ((val, proxy, 0), (proxy, gap, 0), (gap, W, 0), (W, rater, 0.2)):
+        arrow(axis, start, end, lift, color=RED, linewidth=5, mutation_scale=28)
+    for x, y, text in ((2.25, -0.7, "1  g_val"), (8.8, -1.3, "2  its losses change"),
+                       (11.1, 1.9, "3  dL_val / dW_i,\n    to first order"),
+                       (7.4, 4.45, "4  moves mu (eq. 6)")):
+        axis.text(x, y, text, color=RED, fontsize=14, weight="bold",
+                  ha="left" if "3" in text else "center")
     axis.axhline(5.1, color="0.8", linewidth=1)
-    axis.text(-1.5, 4.6, "one step of stage 2", fontsize=11, weight="bold")
+    axis.text(-1.5, 4.6, "one step of stage 2", fontsize=14, weight="bold")
+    axis.text(-1.5, 4.15, "thick: the way of the gradient of the\nvalidation loss to the rater",
+              fontsize=14, color=RED, va="top")
     s1.save_figure(figure, path)
 
 
@@ -86,23 +103,202 @@ def measure(nets, pairs, own_noise, draws, seed=0):
 def draw_eq6(path, nets, pairs):
     """The difference against the loss, one draw of noise: shared by both proxies, and not."""
     strata = np.array(pairs.strata)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 6), sharey=True)
     for axis, own in zip(axes, (False, True)):
         L_hat, gap = measure(nets, pairs, own, draws=1)
-        for name, colour in s1.STRATUM_COLOURS.items():
-            chosen = strata == name
-            axis.plot(L_hat[chosen], gap[chosen], ".", color=colour, markersize=4,
-                      label=name if chosen.any() else None)
+        for stratum, (name, mark, _) in LOOKS.items():
+            chosen = strata == stratum
+            axis.plot(L_hat[chosen], gap[chosen], mark, color=s1.STRATUM_COLOURS[stratum],
+                      markersize=7, markeredgecolor="white", markeredgewidth=0.4, label=name)
         noise, caption, plain = areas(-gap, strata)
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(xlabel="L(theta_hat; x_i)", xlim=(0, 1), ylim=(-0.5, 0.6))
-        axis.set_title(("each proxy its own t and eps" if own else "the same t and eps for both")
-                       + f"\nAUC {plain:.2f} over plain, {noise:.2f} over noise, {caption:.2f} "
-                       "over wrong captions", fontsize=10)
-    axes[0].set_ylabel("L(theta; x_i) - L(theta_hat; x_i)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=10,
-                  bbox_to_anchor=(0.5, 0.98), frameon=False, markerscale=3)
+        axis.axhline(0, color="black", linewidth=1)
+        axis.set(xlim=(0, 1), ylim=(-0.5, 0.6))
+        noises = "each proxy its own noise" if own else "one noise for both proxies (eq. 6)"
+        axis.set_title(f"{noises}\nspread: loss {L_hat.std():.2f}, difference {gap.std():.2f}",
+                       fontsize=18)
+        axis.set_xlabel("loss  L(theta_hat; x_i)", fontsize=17)
+        axis.tick_params(labelsize=15)
+        outside = (L_hat > 1) | (gap < -0.5) | (gap > 0.6)
+        print(f"eq6.png, {noises}: spread of the loss {L_hat.std():.2f}, of the difference "
+              f"{gap.std():.2f}; AUC over wrong captions {caption:.2f}, noise {noise:.2f}, plain "
+              f"{plain:.2f}; {outside.sum()} of {len(gap)} points outside the frame")
+    axes[0].text(0.98, -0.46, "below 0: what validation taught\nis of use to the pair", ha="right",
+                 fontsize=16)
+    axes[0].set_ylabel("difference\nL(theta; x_i) - L(theta_hat; x_i)", fontsize=17)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=17,
+                  bbox_to_anchor=(0.5, 0.97), frameon=False, markerscale=2, handletextpad=0.2)
     figure.tight_layout()
+    s1.save_figure(figure, path)
+
+
+def draw_bells(path, tables):
+    """Both rankings by stratum, the bell of eq. 11 over each, and what it and Top-K keep of them.
+
+    tables: {equation: what stage 3 wrote for its signal}.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6.6), sharey=True)
+    for axis, (equation, table) in zip(axes, tables.items()):
+        draw_strata(axis, s3.percentiles(table["rating"]), table["stratum"])
+        draw_bell(axis)
+        shares = describe_halves(table)
+        axis.set_title(f"ranking by {equation}; informative:\n{shares}", fontsize=18)
+        print(f"bells.png, ranking by {equation}; informative: {shares}")
+    axes[0].set_ylabel("pairs, %", fontsize=17)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncol=3, fontsize=17, frameon=False,
+                  bbox_to_anchor=(0.5, 0.03), columnspacing=1.5)
+    figure.tight_layout()
+    s1.save_figure(figure, path)
+
+
+def describe_halves(table):
+    """How much of the half that Top-K and Shift-Gsample keep is informative, in words."""
+    found = []
+    for rule, method in (("Top-K's half", "topk"), ("the bell's", "shift-gsample")):
+        rows, _ = s4.select(table["rating"], method, 0.5)
+        found.append(f"{100 * np.mean(table['stratum'][rows] == 'informative'):.0f} % of {rule}")
+    return ", ".join(found)
+
+
+def draw_strata(axis, place, strata, bins=50):
+    """What every 2 % of a ranking consist of, in per cent, stacked."""
+    edges = np.linspace(0, 100, bins + 1)
+    below, everything = np.zeros(bins), np.histogram(place, edges)[0].clip(1)
+    for stratum, (name, _, hatch) in LOOKS.items():
+        above = below + 100 * np.histogram(place[strata == stratum], edges)[0] / everything
+        axis.stairs(above, edges, baseline=below, fill=True, hatch=hatch, label=name, linewidth=0,
+                    facecolor=s1.STRATUM_COLOURS[stratum], edgecolor="white")
+        below = above
+
+
+def draw_bell(axis):
+    """Eq. 11 with the defaults of stage 4, as a curve, and a bar over what Top-K keeps of half."""
+    usual = s4.parse_args([])
+    w = np.linspace(0, 1, 501)
+    outline = [patheffects.withStroke(linewidth=7, foreground="white")]
+    for drop, style, label in ((0.0, ":", "Gsample: the bell whole"),
+                               (usual.drop, "-", "Shift-Gsample: the bell without the head")):
+        p = np.exp(s4.log_density(w, drop, usual.mean, usual.std))
+        axis.plot(100 * w, 95 * p, style, color="black", linewidth=4, path_effects=outline,
+                  label=label, zorder=3 + drop)
+    axis.plot([0, 50], [105, 105], color="black", linewidth=7, solid_capstyle="butt")
+    axis.text(51, 105, "Top-K keeps this half", fontsize=16, va="center")
+    axis.set(xlim=(0, 100), ylim=(0, 110), yticks=range(0, 101, 25))
+    axis.set_xlabel("place in the ranking, % (0 = rated highest)", fontsize=17)
+    axis.tick_params(labelsize=15)
+
+
+def read_apart(text):
+    """{stratum: [(steps apart, AUC at t = 0.6, half-width of its interval)]} from the tables that
+    `meta_gradient.py distance` prints."""
+    found = {}
+    for stratum, rows in re.findall(r"^\| over (\S+), steps apart .*\n\|[-|]+\n((?:\|.*\n)+)",
+                                    text, re.M):
+        cells = [line.strip("| ").split(" | ") for line in rows.splitlines()]
+        found[stratum] = [(int(row[0]), *map(float, row[2].split(" ± ")))
+                          for row in cells if row[0].isdigit()]
+    return found
+
+
+def draw_apart(path, text):
+    """AUC of one draw of the difference against the steps that the proxies are apart."""
+    figure, axis = plt.subplots(figsize=(10, 6))
+    axis.axhline(0.5, color="0.4", linewidth=1.5)
+    axis.text(430, 0.51, "chance", fontsize=17, ha="right")
+    axis.text(1, 1.08, "bars: 95 % intervals over five seeds; t = 0.6", fontsize=17)
+    for shift, style, (stratum, numbers) in zip((1, 0.95, 1.05), ("-", "--", ":"),
+                                                read_apart(text).items()):
+        name, mark, _ = LOOKS[stratum]
+        steps, mean, half = np.transpose(numbers)
+        axis.errorbar(shift * steps, mean, [half, np.minimum(half, 1 - mean)], fmt=mark + style,
+                      markersize=13, linewidth=3, elinewidth=1.5, capsize=4,
+                      color=s1.STRATUM_COLOURS[stratum], label=name)
+    axis.set_xscale("log")
+    axis.set_xticks(steps, [f"{step:.0f}" for step in steps])
+    axis.minorticks_off()
+    axis.set(ylim=(0.2, 1.05))
+    axis.tick_params(labelsize=16)
+    axis.set_xlabel("steps apart: since theta and theta_hat were one", fontsize=18)
+    axis.set_ylabel("AUC of the difference, one draw", fontsize=18)
+    axis.legend(fontsize=17, title="informative pairs ranked above", title_fontsize=17,
+                frameon=False, loc="lower right")
+    s1.save_figure(figure, path)
+
+
+# ---- the worked example ----------------------------------------------------------------------
+THREE = ("informative", "plain", "chaotic-caption")
+
+
+@torch.no_grad()
+def work_example(nets, pairs, group_size, seed=0):
+    """Eqs. 5 to 7 for one group (G,) at the end of stage 2, and the rows of its pairs.
+
+    The group is the first in the order of training that holds all of THREE.
+    """
+    groups = (s1.batch_rows(len(pairs), group_size, k, seed) for k in itertools.count())
+    rows = next(rows for rows in groups if set(THREE) <= {pairs.strata[row] for row in rows})
+    x, c = pairs.batch(rows)
+    t, eps = s1.draw_noise(x, s1.seeded("cpu", seed, "example"), s1.T_SHIFT)
+    L_theta, L_hat = (s1.flow_loss(nets[name], x, c, t, eps) for name in ("proxy", "ref"))
+    gap = L_theta - L_hat                                                     # (G,)
+    s = s2.rank_normal(gap)
+    W_inst, W_batch = s2.weigh(nets["rater"], x, c, group_size)               # (1, G), (1, 1)
+    W_inst, W_batch = W_inst[0], W_batch[0].expand(group_size)
+    W = W_inst * W_batch
+    return rows, {"t": t, "L_theta": L_theta, "L_hat": L_hat, "gap": gap,
+                  "rank": gap.argsort().argsort() + 1, "s": s, "W_inst": W_inst,
+                  "W_batch": W_batch, "W": W, "push": -W * (s - (W_inst * s).sum())}
+
+
+QUANTITIES = {             # key of `work_example`: what the row is called, how it is written
+    "t": ("t, how much noise both proxies see (0 none, 1 nothing else)", ".2f"),
+    "L_theta": ("L(theta; x_i), eq. 5 with validation pairs", ".4f"),
+    "L_hat": ("L(theta_hat; x_i), eq. 5 without", ".4f"),
+    "gap": ("difference of eq. 6", "+.4f"),
+    "rank": ("its rank in the group, 1 = lowest", "d"),
+    "s": ("s_i, the rank as a normal score, in the place of the difference", "+.3f"),
+    "W_inst": ("W_inst,i of eq. 7, in the group sums to 1", ".4f"),
+    "W_batch": ("W_batch of eq. 7, the whole group's", ".4f"),
+    "W": ("W_i = W_inst,i W_batch of eq. 7", ".4f"),
+    "push": ("eq. 6 asks the logit for -W_i (s_i - sum_j W_inst,j s_j)", "+.4f")}
+
+
+def find_three(pairs, rows, gap):
+    """Of each of THREE the place in the group whose difference is the (lower) median of its kind:
+    a rule, so that nobody picks the pairs that suit."""
+    order = gap.argsort().tolist()
+    kinds = [[place for place in order if pairs.strata[rows[place]] == stratum]
+             for stratum in THREE]
+    return [kind[(len(kind) - 1) // 2] for kind in kinds]
+
+
+def print_example(pairs, rows, numbers):
+    """The worked example as a Markdown table: a column for each of THREE."""
+    places = find_three(pairs, rows, numbers["gap"])
+    lines = [["caption", *(pairs.captions[rows[place]] for place in places)]]
+    for key, (name, digits) in QUANTITIES.items():
+        lines.append([name, *(format(numbers[key][place].item(), digits) for place in places)])
+    lines.append(["so the rater is asked to", *(ask(numbers["push"][place]) for place in places)])
+    print_table([f"of a group of {len(rows)} pairs", *(LOOKS[name][0] for name in THREE)], lines)
+
+
+def ask(push):
+    return "raise its weight" if push > 0 else "lower its weight"
+
+
+def draw_example(path, pairs, rows, numbers):
+    """The three pairs of the worked example with the numbers that decide."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 6.2))
+    places = find_three(pairs, rows, numbers["gap"])
+    for axis, stratum, place in zip(axes, THREE, places):
+        s1.show_pictures([axis], pairs.batch([rows[place]])[0], [""])
+        caption = textwrap.fill(f'"{pairs.captions[rows[place]]}"', 20)
+        axis.set_title(f"{LOOKS[stratum][0]}:\n{caption}", fontsize=20)
+        gap, rank = numbers["gap"][place], numbers["rank"][place]
+        axis.text(0.5, -0.05, f"L(theta)  {numbers['L_theta'][place]:.3f}\n"
+                  f"L(theta_hat)  {numbers['L_hat'][place]:.3f}\ndifference  {gap:+.3f}\n"
+                  f"rank {rank} of {len(rows)}:\n{ask(numbers['push'][place])}", fontsize=20,
+                  ha="center", va="top", transform=axis.transAxes, linespacing=1.4)
     s1.save_figure(figure, path)
 
 
@@ -175,17 +371,34 @@ def draw_real(path, out):
 
 def main(argv=None):
     args = s1.options(__doc__).parse_args(argv)
-    settings, _ = s1.load_proxy(args.out)
+    out = Path(args.out)
+    settings, _ = s1.load_proxy(out)
     args.signal = "difference"
-    nets, _ = s3.load_nets(args, settings, "cpu")
+    nets, group_size = s3.load_nets(args, settings, "cpu")
     pairs = s1.load_data(settings, "cpu")[0]
     if settings.plant:
-        return draw_real(Path(args.out) / "real.png", args.out)
-    draw_pipeline(Path(args.out) / "pipeline.png")
-    draw_eq6(Path(args.out) / "eq6.png", nets, pairs.take(np.arange(min(1500, len(pairs)))))
-    table = Path(args.out) / "results-retention.csv"
+        return draw_real(out / "real.png", out)
+    if not set(LOOKS) <= set(pairs.strata):
+        raise SystemExit(f"{out}/proxy.pt is of other pairs than the toy, whose kinds are drawn: "
+                         "name the --out of a run without --data")
+    draw_pipeline(out / "pipeline.png")
+    draw_eq6(out / "eq6.png", nets, pairs.take(np.arange(min(1500, len(pairs)))))
+    draw_apart(out / "apart.png", (ASSETS / "evidence.md").read_text(encoding="utf-8"))
+    draw_lecture(out, nets, pairs, group_size)
+    table = out / "results-retention.csv"
     if table.exists():
-        draw_retention(Path(args.out) / "retention.png", table)
+        draw_retention(out / "retention.png", table)
+
+
+def draw_lecture(out, nets, pairs, group_size):
+    """What .assets/lecture.md shows beside the other figures."""
+    example = work_example(nets, pairs, group_size)
+    print_example(pairs, *example)
+    draw_example(out / "example.png", pairs, *example)
+    ratings = {"eq. 6": out / "ratings.csv", "eq. 9": out / "ratings-loss.csv"}
+    if all(path.exists() for path in ratings.values()):
+        draw_bells(out / "bells.png", {name: s3.read_table(path)
+                                       for name, path in ratings.items()})
 
 
 if __name__ == "__main__":
