@@ -5,11 +5,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
-common, figures = importlib.import_module("common"), importlib.import_module("figures")
+common, figures, bench = map(importlib.import_module, ("common", "figures", "bench"))
 
 SCRIPTS = {"meta_gradient.py exact --smoke --seeds 1": "| 8 | 0.05 |",
            "departures.py additions weights --smoke --seeds 1": "| eq. 6, no entropy term"}
@@ -48,3 +49,15 @@ def test_areas_and_rank_correlation():
 def test_retention_is_drawn_from_the_committed_table(tmp_path):
     figures.draw_retention(tmp_path / "retention.png", ROOT / ".assets/results-retention.csv")
     assert (tmp_path / "retention.png").stat().st_size > 10000
+
+
+def test_the_rows_of_a_gpu_can_be_measured_and_say_where_they_are_not(capsys):
+    for function, pairs, operations in bench.gpu_stages(torch.device("cpu"), 16, 32, size=32,
+                                                        depth=1).values():
+        function()
+        assert pairs == 32 and operations > 0
+    bench.print_gpu_rows(torch.device("cpu"))
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()
+            if line.startswith(("| 384 ", "| 768 "))]
+    assert len(rows) == 2 * 4 * 4 and len({tuple(row[:3]) for row in rows}) == len(rows)
+    assert all(row[3:] == ["not measured", "not measured", "not measured |"] for row in rows)
