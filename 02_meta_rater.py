@@ -174,7 +174,8 @@ def exact_meta_gradient(proxy, train, val, W, beta, steps):
     attention does not have on the CPU.
     """
     W = W.detach().requires_grad_()                                           # (B,)
-    params = {name: p.detach().requires_grad_() for name, p in proxy.named_parameters()}
+    params = {name: p.detach().requires_grad_() for name, p in proxy.named_parameters()
+              if p.requires_grad}
     with sdpa_kernel(SDPBackend.MATH):
         for _ in range(steps):
             def net(*inputs, params=params):

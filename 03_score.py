@@ -346,7 +346,7 @@ def probe_dynamics(proxy, pairs, rows, draws, seed):
         t = torch.randn(len(x), generator=rng, device=x.device).sigmoid()
         eps = torch.randn(x.shape, generator=rng, device=x.device)
         loss = s1.flow_loss(proxy, x, c, t, eps).mean()
-        grads = torch.autograd.grad(loss, list(proxy.parameters()))
+        grads = torch.autograd.grad(loss, [p for p in proxy.parameters() if p.requires_grad])
         values.append((loss.item(), torch.cat([g.flatten() for g in grads]).norm().item()))
     return np.mean(values, 0)
 

@@ -370,7 +370,7 @@ def gpu_stages(device, width, batch, size=64, depth=12):
     settings = s1.parse_args(["--size", str(size), "--width", str(width), "--depth",
                               str(depth)])
     nets = {name: s1.build_proxy(settings, device) for name in ("proxy", "ref")}
-    nets["rater"] = s2.Rater(16, 4, 8).to(device)
+    nets["rater"] = s2.Rater(size, settings.patch, settings.words).to(device)
     nets["contrast"] = s3.Contrast(size, settings.words).to(device)
     opts = {name: s1.adamw(net, 1e-4) for name, net in nets.items()}
     args, rng = s2.parse_args([]), s1.seeded("cpu", 0, "bench")
@@ -385,8 +385,7 @@ def gpu_stages(device, width, batch, size=64, depth=12):
             "02": (lambda: s2.meta_step(nets, opts, pairs.batch(rows), val.batch(rows),
                                         rng, args), batch, 3 * batch * each),
             "03 --baselines": (
-                lambda: s3.score_chunk(
-                    {**nets, "contrast": s3.Contrast(16, 8)}, chosen, companions, 0, 0, True), batch,
+                lambda: s3.score_chunk(nets, chosen, companions, 0, 0, True), batch,
                 draws * batch * each / 3),
             "05, drawing": (lambda: s1.sample(nets["proxy"], c[:1].expand(batch, -1),
                                               pairs.batch(rows)[0]), batch,

@@ -11,7 +11,8 @@ from conftest import ROOT, launch, write_fashion, write_pictures
 
 PAGES = {name: (ROOT / name).read_text() for name in (
     "README.md", ".assets/own.md", ".assets/exercises.md", ".assets/claims.md",
-    ".assets/differences.md", ".assets/real.md", ".assets/lecture.md", "tests/README.md")}
+    ".assets/differences.md", ".assets/real.md", ".assets/lecture.md", ".assets/forks.md",
+    "tests/README.md")}
 EQUATIONS = re.findall(r"^\| ([\d, ]+) \| [^|]+ \| `(0\d_\w+\.py): ([^|]+?) \|$",
                        PAGES[".assets/differences.md"], re.M)
 PRINTED = re.findall(r"^    (eq\. (?:5|6|7|11) .+?)(?=^    eq\.|^\S)", PAGES["README.md"], re.M | re.S)

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
-common, figures = importlib.import_module("common"), importlib.import_module("figures")
+common, figures, bench = map(importlib.import_module, ("common", "figures", "bench"))
 
 SCRIPTS = {"meta_gradient.py exact --smoke --seeds 1": "| 8 | 0.05 |",
            "departures.py additions weights --smoke --seeds 1": "| eq. 6, no entropy term"}
@@ -128,3 +128,15 @@ def test_the_numbers_of_the_lecture_add_up():
     asked = [figures.ask(push) for push in n["push"]]
     assert cells["so the rater is asked to"] == asked == ["raise its weight"] + 2 * [
         "lower its weight"]
+
+
+def test_the_rows_of_a_gpu_can_be_measured_and_say_where_they_are_not(capsys):
+    for function, pairs, operations in bench.gpu_stages(torch.device("cpu"), 16, 32, size=32,
+                                                        depth=1).values():
+        function()
+        assert pairs == 32 and operations > 0
+    bench.print_gpu_rows(torch.device("cpu"))
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()
+            if line.startswith(("| 384 ", "| 768 "))]
+    assert len(rows) == 2 * 4 * 4 and len({tuple(row[:3]) for row in rows}) == len(rows)
+    assert all(row[3:] == ["not measured", "not measured", "not measured |"] for row in rows)
