@@ -30,8 +30,6 @@ import contextlib
 import csv
 import ctypes
 import datetime
-import functools
-import gc
 import glob
 import hashlib
 import io
@@ -59,6 +57,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import functional as image_ops
@@ -270,14 +269,13 @@ def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None,
     opt, ramp, progress = adamw(net, lr), max(steps // 20, 1), progress or Progress()
     progress.attach(net=net, opt=opt)
     batches = draw_batches(len(pairs), batch_size, seed, progress.step, steps)
-    for k, (rows, x, c) in enumerate(stream(pairs, batches), progress.step):
+    for k, (keys, x, c) in enumerate(stream(pairs, batches), progress.step):
         left = (steps - k) / (decay * steps) if decay else 1.0
         opt.param_groups[0]["lr"] = lr * min(1.0, (k + 1) / ramp, left)
         rng = seeded("cpu", seed, "train", k)
         c, alike = drop_captions(c, rng), x.new_full((len(x),), 1 / len(x))
         L, norm = descend_flow(net, opt, alike, x, c, *draw_noise(x, rng))    # eq. 4
-        progress.advance(torch.stack([L.mean(), norm]), functools.partial(pairs.name, rows),
-                         lambda: after(k + 1))
+        progress.advance(torch.stack([L.mean(), norm]), keys, lambda: after(k + 1))
     progress.fetch()
     return net
 
@@ -593,7 +591,7 @@ class Pairs:
         rows = to_device(rows, self.device)
         return Pairs(self.images[rows], self.tokens[rows], *columns)
 
-    def parts(self, batches, texts=True, shared=False):
+    def parts(self, batches, shared=False):
         """For every array of rows in `batches`: the rows and their pairs."""
         for rows in batches:
             yield rows, self.take(rows)
@@ -632,7 +630,7 @@ class Shards:
     size: int
     words: int
     device: str = "cpu"
-    cache: np.ndarray = None   # of decoded pairs, and where in it the (N,) pairs lie
+    cache: np.ndarray = None   # of decoded images, and where in it the (N,) pairs lie
     places: np.ndarray = None
     strata = ()                # not known before a pair is read
 
@@ -669,53 +667,43 @@ class Shards:
                     break
         return key, files
 
-    def load(self, row, texts):
-        """image, tokens, key, caption, stratum and further captions of a pair; (reason, key) where
-        it cannot be read. Without `texts` these may be empty. The cache takes it, or has it."""
-        slot = {"seen": False} if self.cache is None else self.cache[self.places[row]]
-        if slot["seen"] and not texts:
-            return slot["image"], slot["tokens"], "", "", "", ()
-        key, files = self.read(row, IMAGE_TYPES + TEXT_TYPES)
-        pair = decode_pair(files, self.size, slot["image"] if slot["seen"] else None)
-        if isinstance(pair, str):
-            return pair, key
-        slot["image"], slot["tokens"] = pair[0], tokenize(pair[1:2], self.words)[0].numpy()
-        slot["seen"] = True                                # last: a worker may be killed
-        return slot["image"], slot["tokens"], key, *pair[1:]
+    def __getitems__(self, rows):
+        """For the DataLoader: rows, their readable Pairs, and (reason, name) of what is skipped."""
+        images = np.zeros((len(rows), 3, self.size, self.size), np.uint8)
+        texts, skipped = [], []
+        for row in rows:
+            key, files = self.read(row, IMAGE_TYPES + TEXT_TYPES)
+            slot = {"seen": False} if self.cache is None else self.cache[self.places[row]]
+            pair = decode_pair(files, self.size, slot)
+            if isinstance(pair, str):
+                skipped.append((pair, key))
+            else:
+                images[len(texts)], caption, stratum, further = pair
+                texts.append((key, caption, stratum))
+                skipped += [(FURTHER, f"{key}: {text}") for text in further]
+        keys, captions, strata = ([text[k] for text in texts] for k in range(3))
+        return rows, Pairs(torch.from_numpy(images[:len(keys)]), tokenize(captions, self.words),
+                           keys, captions, strata), skipped
 
-    def __getitems__(self, asked):
-        """For the DataLoader, asked for (rows, texts): rows, their readable Pairs, the others."""
-        found = [self.load(row, asked[1]) for row in asked[0]]
-        whole = [pair for pair in found if len(pair) > 2]
-        images, tokens, *columns, further = map(list, zip(*whole)) if whole else [[]] * 6
-        images = np.array(images, "u1").reshape(-1, 3, self.size, self.size)
-        tokens = np.array(tokens, "i8").reshape(-1, self.words)
-        return (asked[0], Pairs(*map(torch.from_numpy, (images, tokens)), *columns),
-                [pair for pair in found if len(pair) == 2]
-                + [(FURTHER, f"{key}: {text}") for key, texts in zip(columns[0] if whole else [],
-                                                                     further) for text in texts])
-
-    def parts(self, batches, texts=True, shared=False):
+    def parts(self, batches, shared=False):
         """For every array of rows in `batches`: the rows and the readable pairs among them.
 
-        Without `texts` captions, keys and strata may be empty. Workers decode ahead, but not for a
-        batch that is the only one. What was skipped is told at the end, by all processes together
-        where they have `shared` the batches.
+        Workers decode ahead, but not for a batch that is the only one. What was skipped is told at
+        the end, by all processes together where they have `shared` the batches.
         """
         alone, skipped = isinstance(batches, list) and len(batches) == 1, {}
-        asked = ((rows, texts) for rows in batches)
-        loader = map(self.__getitems__, asked) if alone or len(self) <= 1000 else DataLoader(
-            self, batch_sampler=asked, collate_fn=unchanged, num_workers=cores(),
+        loader = map(self.__getitems__, batches) if alone or len(self) <= 1000 else DataLoader(
+            self, batch_sampler=batches, collate_fn=tuple, num_workers=cores(),
             multiprocessing_context="fork" if hasattr(os, "fork") else None,
             worker_init_fn=obey_parent, generator=torch.Generator())
         for rows, part, missing in loader:
             skipped.update(dict.fromkeys(missing))
             yield rows, part.to(self.device)
-        print_skipped(merge(skipped) if shared else skipped)
+        print_skipped(dict.fromkeys(gather_lists([*skipped])) if shared else skipped)
 
     def batch(self, rows):
         """x (B, 3, H, W) and c (B, T) of these rows; readable ones repeated where some are not."""
-        (_, part), = self.parts([rows], texts=False)
+        (_, part), = self.parts([rows])
         return fill_up(part, rows, self)
 
     def name(self, rows):
@@ -723,10 +711,6 @@ class Shards:
 
     def hashes(self):
         return self.entries["hash"]
-
-
-def unchanged(part):
-    return part
 
 
 def obey_parent(*_):
@@ -739,8 +723,7 @@ def obey_parent(*_):
 
 def find_rows(pairs, keys):
     """Row (K,) of every key, -1 where there is none. keys: text, or an array of their hashes."""
-    known = pairs.hashes()
-    hashed = getattr(keys, "dtype", None) == np.dtype("u8")
+    known, hashed = pairs.hashes(), getattr(keys, "dtype", None) == np.dtype("u8")
     wanted = keys if hashed else np.fromiter(map(hash_key, keys), "u8")
     order = np.argsort(known)
     rows = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
@@ -756,7 +739,7 @@ def read_dataset(args):
     split's."""
     if rank() == 0:
         open_dataset(args, download=True)
-    wait_for_all()
+    from_first(None)                                       # the others wait for its files
     rng = np.random.default_rng(args.seed)
     (data, order), (test, test_order) = (
         (data, rng.permutation(len(data))) for data in
@@ -833,22 +816,22 @@ def open_pairs(path, size, words, out=None):
         sources = index_tables(files, base, skipped) or index_files(files, base, skipped)
         entries = np.array([(k, 0, 0, hash_key(source.key)) for k, source in enumerate(sources)],
                            ENTRY)
-    again = np.ones(len(entries), bool)
-    again[np.unique(entries["hash"], return_index=True)[1]] = False           # the first of a key
-    pairs = Shards(sources, entries[~again], size, words)
-    if again.any():                                        # the first is named, the others counted
-        (key,) = Shards(sources, entries[again], size, words).name([0])
-        skipped |= {("key seen before", f"{key} ({k})"): 1 for k in range(again.sum())}
+    pairs = Shards(sources, entries, size, words)
+    _, first = np.unique(entries["hash"], return_index=True)
+    again = np.delete(np.arange(len(pairs)), first)
+    if len(again):                                         # the first is named, the others counted
+        (key,) = pairs.name(again[:1])
+        skipped |= {("key seen before", f"{key} ({k})"): 1 for k in range(len(again))}
     print_skipped(skipped)
     if not len(pairs):
         raise SystemExit(f"{path}: no readable pair; README, 'Your own pairs', has the layouts "
                          "(unpack what is compressed, call a table metadata.csv)")
-    return pairs
+    return pairs.take(np.sort(first))
 
 
-def find_places(path):
-    """The files or folders that `path`, in which * works, stands for, and the folder that they lie
-    in, or that it names: keys begin there. None is an error. What exists is no pattern."""
+def list_files(path, out, skipped):
+    """All files that `path` stands for, in which * works, and the folder that it names or that they
+    lie in: keys begin there. What exists is no pattern. Links to folders are followed once."""
     base = path = os.path.expanduser(path)
     while base and not os.path.isdir(base):
         base = os.path.dirname(base)
@@ -857,13 +840,7 @@ def find_places(path):
     if not places:
         raise SystemExit(f"{path}: no such file or folder (pairs are tar shards, as in "
                          "'DIR/train-*.tar', a folder of them, or a folder of images)")
-    return places, base or "."
-
-
-def list_files(path, out, skipped):
-    """All files that `path` stands for, and where keys begin. Links to folders are followed once.
-    """
-    (places, base), found, seen = find_places(path), [], {os.path.realpath(out)} if out else set()
+    found, seen = [], {os.path.realpath(out)} if out else set()
     for place in places:
         found += [] if os.path.isdir(place) else [place]
         for folder, folders, names in os.walk(place, followlinks=True):
@@ -878,13 +855,12 @@ def list_files(path, out, skipped):
                     and not os.path.basename(file).startswith(".")})
     rest = sorted(set(found).difference(files))
     skipped |= {("hidden file, broken link, or not to be read", file): 1 for file in rest}
-    return files, base
+    return files, base or "."
 
 
 def index_shards(tars, skipped, out):
-    """Entries (N,) of all tars, by all processes and cores; kept in `out` while no tar changes.
-
-    The first process says which index is meant: another node may hold the same shards elsewhere.
+    """Entries (N,) of all tars, by all cores of the first process; kept in `out` while no tar
+    changes. It says which index is meant: another node may hold the same shards elsewhere.
     """
     named = [(os.path.basename(tar), os.path.getsize(tar)) for tar in tars]
     if from_first(named) != named:
@@ -892,18 +868,17 @@ def index_shards(tars, skipped, out):
     state = repr([ENTRY.names, *((os.path.realpath(tar), os.path.getsize(tar),
                                   os.stat(tar).st_mtime_ns) for tar in tars)])
     file = Path(out) / f"index-{hash_key(from_first(state)):016x}.npz" if out else None
-    if not from_first(file and file.exists()):
+    if not file or rank() == 0 and not file.exists():
         with ProcessPoolExecutor(cores(), initializer=obey_parent) as pool:
-            share = np.array_split(np.array(tars, object), world())[rank()]
-            indexes = gather_lists(list(pool.map(index_shard, share)))
+            indexes = list(pool.map(index_shard, tars))
         for k, (entries, _) in enumerate(indexes):
             entries["source"] = k
-        saved = {"entries": np.concatenate([np.zeros(0, ENTRY), *(part for part, _ in indexes)]),
+        saved = {"entries": np.concatenate([entries for entries, _ in indexes]),
                  "skipped": np.array([pair for _, bad in indexes for pair in bad]).reshape(-1, 2)}
-        if file and rank() == 0:
-            with atomic_file(file, "wb") as stream_:
-                np.savez(stream_, **saved)
-    wait_for_all()
+        if file:
+            with atomic_file(file, "wb") as whole:
+                np.savez(whole, **saved)
+    from_first(None)                                       # the others wait for the file
     saved = np.load(file, allow_pickle=False) if file else saved
     skipped |= {tuple(pair): 1 for pair in saved["skipped"].tolist()}
     return saved["entries"]
@@ -912,7 +887,6 @@ def index_shards(tars, skipped, out):
 def index_shard(tar_path):
     """Entries (n,) of one tar, and {(reason, name)} of what is skipped."""
     files, skipped, entries, end, size = [], {}, [], 0, os.path.getsize(tar_path)
-    gc.disable()                                          # many objects, and no cycle among them
     with (contextlib.suppress(tarfile.TarError, OSError, ValueError),         # the rest is counted
           tarfile.open(tar_path, "r:", encoding="utf-8") as tar):
         for member in iter(tar.next, None):
@@ -940,7 +914,6 @@ def index_shard(tar_path):
                     f"{tar_path}: {key}"] = 1
         else:
             entries.append((0, start, (end - start) // BLOCK, hash_key(key)))
-    gc.enable()
     return np.array(entries, ENTRY), skipped
 
 
@@ -964,23 +937,21 @@ def find_pairs(files, where, skipped):
             number += kind.endswith(types)
             pair[kind] = number, place
     for key, parts in groups.items():
-        if len(parts) > 1 or "" not in parts:
-            images, texts = ({stem for stem in parts if of_types(parts[stem], types)}
-                             for types in (IMAGE_TYPES, TEXT_TYPES))
-            if len(images) > 1 and (not texts or images & texts - {""}):
-                skipped["first dot as the end of a key, which would join images", where + key] = 1
-            else:
-                parts = {"": {stem.lower() + kind: place for stem, pair in parts.items()
-                              for kind, place in pair.items()}}
+        images, texts = ({stem for stem in parts if of_types(parts[stem], types)}
+                         for types in (IMAGE_TYPES, TEXT_TYPES))
+        if len(images) > 1 and (not texts or images & texts - {""}):
+            skipped["first dot as the end of a key, which would join images", where + key] = 1
+        else:
+            parts = {"": {stem.lower() + kind: place for stem, pair in parts.items()
+                          for kind, place in pair.items()}}
         for stem, pair in parts.items():
             images = of_types(pair, IMAGE_TYPES)
             if images:
                 yield key + stem, pair
-            elif of_types(pair, TEXT_TYPES):
-                skipped["no image", where + key + stem] = 1
             else:
-                kinds = " ".join(pair) or "no suffix"
-                skipped[f"neither image nor caption: {kinds}", where + key + stem] = 1
+                reason = ("no image" if of_types(pair, TEXT_TYPES) else
+                          f"neither image nor caption: {' '.join(pair) or 'no suffix'}")
+                skipped[reason, where + key + stem] = 1
             for kind in images[1:]:
                 skipped["another image of a pair", where + key + stem + kind] = 1
 
@@ -1094,18 +1065,12 @@ def clean(text):
     return CONTROLS.sub(" ", text).strip().encode("utf-8", "backslashreplace").decode()
 
 
-def merge(skipped):
-    """{(reason, name)} of all processes; only the first gets it."""
-    return dict.fromkeys(gather_lists(list(skipped)))
-
-
 def parse_json(text):
     """A JSON object as a dict; anything else, broken text included, as an empty one."""
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else {}
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 def find_captions(record):
@@ -1127,28 +1092,20 @@ def list_captions(files):
     return next(filter(None, found), []), "caption is not UTF-8" if lost else "no caption"
 
 
-def read_caption(files):
-    """The caption that is used, '' where there is none."""
-    return (list_captions(files)[0] or [""])[0]
-
-
-def find_image(files):
-    """The image file of a pair, as bytes."""
-    return files[of_types(files, IMAGE_TYPES)[0]]
-
-
-def decode_pair(files, size, image=None):
+def decode_pair(files, size, slot):
     """(image (3, size, size) uint8, caption, stratum, further captions) of a pair's files, or why
-    it has none."""
+    it has none. The cache's slot for the pair has its image, or gets it here."""
     captions, reason = list_captions(files)
     if not captions:
         return reason
     try:
-        image = decode(find_image(files), size) if image is None else image
+        if not slot["seen"]:
+            slot["image"] = decode(files[of_types(files, IMAGE_TYPES)[0]], size)
+            slot["seen"] = True                            # last: a worker may be killed
     except Exception as error:                             # decoders of broken files raise anything
         return f"unreadable image: {re.split('[<(]', str(error))[0].strip()}"
     stratum = str(parse_json(decode_text(files.get(".json", b""))).get("stratum") or "")
-    return image, captions[0], " ".join(clean(stratum).split()), captions[1:]
+    return slot["image"], captions[0], " ".join(clean(stratum).split()), captions[1:]
 
 
 def open_image(data, side=None):
@@ -1188,13 +1145,12 @@ def keep_resident(pairs, limit=np.inf):
 
 
 def keep_decoded(pairs, out):
-    """For several epochs: Shards with a mapped file in `out`, one a machine, that takes every pair
+    """For several epochs: Shards with a mapped file in `out`, one a machine, that takes every image
     when it is first decoded. It has no name, so that the disk is free again however the run ends.
     """
     if isinstance(pairs, Pairs):
         return pairs
-    slot = np.dtype([("seen", "?"), ("tokens", "i4", (pairs.words,)),
-                     ("image", "u1", (3, pairs.size, pairs.size))])
+    slot = np.dtype([("seen", "?"), ("image", "u1", (3, pairs.size, pairs.size))])
     size = len(pairs) * slot.itemsize
     fits = from_first(shutil.disk_usage(out).free > 1.1 * size)
     print0(f"{len(pairs)} pairs exceed --memory: decoded " + ("once" if fits else "in every epoch")
@@ -1202,10 +1158,11 @@ def keep_decoded(pairs, out):
     if not fits:
         return pairs
     file = Path(out) / f".pixels-{os.environ.get('GROUP_RANK', 0)}"
-    for mode in ("w+", "r+"):                              # one process of a machine makes the file
-        if mode == "r+" or os.environ.get("LOCAL_RANK", "0") == "0":
-            cache = np.memmap(file, slot, mode, shape=len(pairs))
-        wait_for_all()
+    if os.environ.get("LOCAL_RANK", "0") == "0":           # one process of a machine makes the file
+        np.memmap(file, slot, "w+", shape=len(pairs))
+    from_first(None)                                       # the others wait for it
+    cache = np.memmap(file, slot, "r+", shape=len(pairs))
+    from_first(None)                                       # until all have opened it
     file.unlink(missing_ok=True)
     return replace(pairs, cache=cache, places=np.arange(len(pairs), dtype="i4"))
 
@@ -1215,29 +1172,22 @@ LAUNCHER = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}    # set by torc
 ANEW = (*ANYHOW, "micro_batch", "memory", "compile")   # a continued run may change them
 
 
-@functools.lru_cache(maxsize=2)                            # of training and of validation pairs
-def shuffle(n, seed, epoch):
-    return np.random.default_rng([seed, epoch, n]).permutation(n)
-
-
-def batch_rows(n, batch_size, step, seed):
-    """Rows of batch `step` (batch_size,): every epoch its own order, the short rest left out."""
-    epoch, place = divmod(step, n // batch_size)
-    return shuffle(n, seed, epoch)[place * batch_size:(place + 1) * batch_size]
-
-
 def draw_batches(n, batch_size, seed, first, last):
-    """The rows of batches `first` to `last` - 1, one after another."""
-    return (batch_rows(n, batch_size, step, seed) for step in range(first, last))
+    """Rows of batches `first` to `last` - 1: every epoch its own order, the short rest left out."""
+    for step in range(first, last):
+        epoch, place = divmod(step, n // batch_size)
+        if step == first or place == 0:
+            order = np.random.default_rng([seed, epoch, n]).permutation(n)
+        yield order[place * batch_size:(place + 1) * batch_size]
 
 
 def stream(pairs, batches):
-    """(rows, x, c) for every global batch of rows, cut to this process's share.
+    """(keys, x, c) for every global batch of rows, cut to this process's share.
 
     The place of a pair that cannot be read goes to another one of the share.
     """
-    for rows, part in pairs.parts(map(mine, batches), texts=False, shared=True):
-        yield rows, *fill_up(part, rows, pairs)
+    for rows, part in pairs.parts(map(mine, batches), shared=True):
+        yield part.keys, *fill_up(part, rows, pairs)
 
 
 def fill_up(part, rows, pairs):
@@ -1285,9 +1235,7 @@ def average_gradients(net):
     """Mean of the gradients over processes, in one message."""
     if world() > 1:
         grads = [p.grad for p in net.parameters() if p.grad is not None]
-        means = average(torch.cat([grad.flatten() for grad in grads]))
-        for grad, mean in zip(grads, means.split([grad.numel() for grad in grads])):
-            grad.copy_(mean.view_as(grad))
+        vector_to_parameters(average(parameters_to_vector(grads)), grads)
 
 
 def add_up(tensor):
@@ -1312,25 +1260,17 @@ def gather(tensor):
 
 
 def gather_lists(items):
-    """The lists of all processes one after another; only the first process gets them."""
-    if world() == 1:
-        return items
-    lists = [None] * world() if rank() == 0 else None
-    dist.gather_object(items, lists)
-    return [item for part in lists for item in part] if rank() == 0 else []
+    """The lists of all processes one after another. Each waits here for the others."""
+    lists = [items]
+    if world() > 1:
+        lists *= world()
+        dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
 
 
 def from_first(value):
     """What the first process has in the place of `value`."""
-    box = [value]
-    if world() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
-def wait_for_all():
-    if world() > 1:
-        dist.barrier()
+    return gather_lists([value])[0]
 
 
 def print0(*words):
@@ -1450,11 +1390,11 @@ class Progress:
                 part.load_state_dict(self.weights[name])
         self.parts, self.weights, Progress.running = parts, {}, True
 
-    def advance(self, numbers, name_batch=list, before_save=None, by=1):
+    def advance(self, numbers, keys=(), before_save=None, by=1):
         """Count a step and its numbers (K,). On a GPU they are looked at every ten steps only, and
         before every save, as looking waits for the device."""
         caught = numbers.new_full((1,), float(Progress.stop))
-        self.waiting.append((average(torch.cat([numbers.detach(), caught])), name_batch))
+        self.waiting.append((average(torch.cat([numbers.detach(), caught])), keys))
         self.step += by
         together = (self.step // by % Machine.fetch_every == 0     # for all processes the same step
                     or Progress.stop and world() == 1)
@@ -1473,13 +1413,12 @@ class Progress:
     def fetch(self):
         """The log: with the numbers that wait, averaged over processes, which have to be finite."""
         while self.waiting:
-            row, name_batch = self.waiting.pop(0)
+            row, keys = self.waiting.pop(0)
             *numbers, stop = row.tolist()
             if not np.isfinite(numbers).all():
                 keep = f" {self.path} still holds an earlier step." if self.path else ""
                 raise SystemExit(f"step {len(self.log) + 1}: {numbers} is not finite.{keep} Lower "
-                                 f"--lr, or look at the pairs of its batch: "
-                                 f"{', '.join(name_batch())}")
+                                 f"--lr, or look at the pairs of its batch: {', '.join(keys)}")
             self.log.append(numbers)
             self.stopping = max(self.stopping, stop)
         now = time.monotonic()

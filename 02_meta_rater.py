@@ -39,7 +39,6 @@ Writes   out/rater.pt, .csv, .png      (--signal loss: out/rater-loss.pt, .csv, 
 Run      python 02_meta_rater.py                        under a minute on two cores
          torchrun --nproc-per-node 2 -- 02_meta_rater.py --signal loss
 """
-import functools
 import importlib
 import itertools
 import sys
@@ -233,10 +232,10 @@ def learn(nets, pairs, val, args, probe, progress):
     batches = [s1.stream(split, s1.draw_batches(
         len(split), args.batch_size, args.seed, progress.step, args.steps))
         for split in (pairs, val)]
-    for (rows, *train_batch), (_, *val_batch) in zip(*batches):
+    for (keys, *train_batch), (_, *val_batch) in zip(*batches):
         rng = s1.seeded("cpu", args.seed, "meta", progress.step + 1)
         numbers = meta_step(nets, opts, train_batch, val_batch, rng, args)
-        progress.advance(numbers, functools.partial(pairs.name, rows), after)
+        progress.advance(numbers, keys, after)
     progress.fetch()
 
 

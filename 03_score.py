@@ -179,7 +179,8 @@ def score(nets, group_size, pairs, path, seed, progress, with_baselines=False):
                 numbers = score_chunk(nets, part, companions, chunk, seed, with_baselines)
                 lines = [(key, *(f"{v:.6g}" for v in row), stratum) for key, row, stratum in
                          zip(part.keys, numbers.tolist(), part.strata)]
-            writer.writerows(s1.gather_lists(lines))
+            lines_of_all = s1.gather_lists(lines)
+            writer.writerows(lines_of_all if s1.rank() == 0 else [])
             file.flush()
             progress.kept["bytes"] = file.tell()
             progress.advance(torch.tensor([len(lines)], device=companions.device),
@@ -272,10 +273,10 @@ def train_contrast(pairs, steps, seed, batch_size=128):
     torch.manual_seed(seed)
     net = Contrast(pairs.images.shape[-1], pairs.tokens.shape[1]).to(device)
     opt = s1.adamw(net, 2e-3)
-    for k in range(steps):
+    for k, rows in enumerate(s1.draw_batches(len(pairs), batch_size, seed, 0, steps)):
         opt.param_groups[0]["lr"] = 2e-3 * (1 - k / steps)
         rng = s1.seeded(device, seed, "contrast", k)
-        x, c = pairs.batch(s1.batch_rows(len(pairs), batch_size, k, seed))
+        x, c = pairs.batch(rows)
         same = (c[:, None] == c[None]).all(2).float()                         # (B, B)
         cosines = net.embed_images(degrade(x, rng))[1] @ net.embed_tokens(c).T  # (B, B)
         logits, right = net.scale.exp() * cosines, same / same.sum(1, keepdim=True)

@@ -706,15 +706,16 @@ class Moments:
 
 
 def measure_images(judge, path, out, batch_size=50):
-    """Moments of all images in `path`; for the first process the cosines of captioned ones."""
+    """Moments of all images in `path`, and the cosines of the captioned ones of all processes."""
     shards, skipped = s1.open_pairs(path, 0, 0, out), {}
     found, cosines, rows = Moments(2048), [], np.arange(s1.rank(), len(shards), s1.world())
     for part in np.split(rows, range(batch_size, len(rows), batch_size)):
         batch = []
         for key, files in map(shards.read, part):
             try:
-                image = s1.open_image(s1.find_image(files))
-                batch.append((image_ops.pil_to_tensor(image), s1.read_caption(files)))
+                image = s1.open_image(files[s1.of_types(files, s1.IMAGE_TYPES)[0]])
+                captions, _ = s1.list_captions(files)
+                batch.append((image_ops.pil_to_tensor(image), (captions or [""])[0]))
             except Exception:                              # decoders of broken files raise anything
                 skipped["unreadable image", key] = 1
         if batch:
@@ -723,7 +724,7 @@ def measure_images(judge, path, out, batch_size=50):
             named = [k for k, (_, caption) in enumerate(batch) if caption]
             text = judge.embed_captions([batch[k][1] for k in named]) if named else unit[:0]
             cosines += (unit[named] * text).sum(1).tolist()
-    s1.print_skipped(s1.merge(skipped))
+    s1.print_skipped(dict.fromkeys(s1.gather_lists([*skipped])))
     return found, s1.gather_lists(cosines)
 
 
@@ -744,7 +745,7 @@ def read_statistics(path):
 def evaluate_files(args, device):
     """FID of --evaluate against --reference, and the CLIP score of the captioned images."""
     for path in filter(None, (args.evaluate, args.reference)):
-        s1.find_places(path)
+        s1.list_files(path, None, {})
     saved = (args.reference or "").lower().endswith(".npz") and read_statistics(args.reference)
     if args.save_statistics and not Path(args.save_statistics).absolute().parent.is_dir():
         raise SystemExit(f"--save-statistics {args.save_statistics}: there is no such folder")

@@ -118,7 +118,7 @@ def departures(steps):
         DIVIDED: ("", [(s1, "flow_loss", reweigh(lambda k: (1 / PER_GPU, 1.0)))]),
         SCHEDULE: ("", [(s1, "flow_loss", reweigh(lambda k: (1 - ul(k), ul(k))))]),
         RELEASED: ("--signal loss --tau 0",
-                   [twice, (s2, "rank_normal", s1.unchanged),
+                   [twice, (s2, "rank_normal", lambda s: s),
                     (s1, "flow_loss",
                      reweigh(lambda k: ((1 - ul(k)) / PER_GPU, ul(k))))]),
     }

@@ -94,7 +94,7 @@ def compare_gradients(proxy, train, val, other, beta, steps):
 def draw_pairs(seed, smoke, n=64):
     """The warm proxy, n training pairs, n validation pairs, the training pairs in other noise."""
     settings, (pairs, val, _), proxy = warm_up(seed, smoke)
-    (x, c), (x_val, c_val) = (split.batch(s1.batch_rows(len(split), n, 0, seed))
+    (x, c), (x_val, c_val) = (split.batch(next(s1.draw_batches(len(split), n, seed, 0, 1)))
                               for split in (pairs, val))
     rng = s1.seeded("cpu", seed, "exact")
     noises = [s1.draw_noise(x, rng, shift) for shift in

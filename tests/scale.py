@@ -122,7 +122,7 @@ def main(count, web=WEB):
         keys = pairs.name(range(min(1000, len(pairs)))) * (len(pairs) // 1000 + 1)
         _, seconds = timed(lambda: s1.find_rows(pairs, keys))
         print(f"| rows of {len(keys):,} keys | {seconds:.1f} s |")
-        _, seconds = timed(lambda: s1.shuffle(WEB, 0, 0))
+        _, seconds = timed(lambda: next(s1.draw_batches(WEB, 1, 0, 0, 1)))
         print(f"| an epoch's order of 30 million pairs | {seconds:.1f} s, {8 * WEB / 1e9:.2f} GB |")
         rows = np.random.default_rng(0).permutation(len(pairs))[:20000].reshape(-1, 500)
         ahead = np.arange(rows.size).reshape(rows.shape) % len(pairs)

@@ -132,7 +132,7 @@ def test_thirty_kinds_of_broken_pairs(stage, corpus, capsys):
             _, data, text, _ = KINDS[key]
             assert np.array_equal(image.numpy(), stage(1).decode(data, 16)), key
             files = {text_kind(key): text}
-            assert caption == stage(1).read_caption(files), key
+            assert caption == stage(1).list_captions(files)[0][0], key
     said = capsys.readouterr().out
     for reason, count in ((SILENT, 6), (LOSSY, 1), ("link or device in a tar", 4),
                           ("unsafe name in a tar", 8 * 2), ("key seen before", 2)):
@@ -493,7 +493,7 @@ def test_metadata_of_a_sound_picture_costs_no_pixels(stage):
 
 
 def test_reasons_are_phrases(stage):
-    reasons = {stage(1).decode_pair({".png": data, ".txt": b"x"}, 16) for data in
+    reasons = {stage(1).decode_pair({".png": data, ".txt": b"x"}, 16, {"seen": False}) for data in
                (b"", b"<html>", RED[:50], bomb(), JPEG[:300])}
     assert all(reason.startswith(UNREADABLE) for reason in reasons)
     assert not any("Error" in reason or "<" in reason for reason in reasons), reasons

@@ -323,7 +323,7 @@ def test_nan_stops_at_its_step_and_names_the_pairs(stage, tmp_path):
         stage(1).train(net, pairs, 9, 8, 1e-3, 0, progress=progress, after=poison)
     stage(1).Progress.running = False
     assert seen == [1, 2, 3] and str(stop.value).count("val0000") == 8
-    rows = stage(1).batch_rows(64, 8, 3, 0)
+    rows, = stage(1).draw_batches(64, 8, 0, 3, 4)
     assert all(pairs.keys[row] in str(stop.value) for row in rows)
     saved = stage(1).load(tmp_path / "p.progress", "01_proxy.py")
     assert saved["step"] == 3 and len(saved["log"]) == 3
