@@ -48,7 +48,6 @@ import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -76,7 +75,7 @@ CAPTION_DROPOUT = 0.1      # share of captions blanked in training, for classifi
 NOISE_ROWS = 32            # pairs of a batch whose noise is drawn from one seed
 TOY_PAIRS = {"train": 4000, "val": 1000, "test": 1000}
 SMOKE_PAIRS = {"train": 256, "val": 64, "test": 64}
-ANYHOW = ("out", "save_every")                             # options that change no result
+ANYHOW = ("out", "save_every", "micro_batch", "memory", "compile")     # change rounding at most
 HELD_OUT = 20000           # trusted pairs at most, half for eq. 5 and half for stage 5
 DATASETS = ("FashionMNIST", "MNIST", "CIFAR10", "CIFAR100")        # of torchvision
 DATASET_TRUSTED = 1000     # of their training split for eq. 5, of their test split for stage 5
@@ -84,7 +83,7 @@ DATASET_TRUSTED = 1000     # of their training split for eq. 5, of their test sp
 
 class Machine:
     """How the networks are run, not what they compute: `launch` sets it from the options."""
-    bf16, compiled, micro_batch, fetch_every = False, False, None, 1
+    bf16, compiled, micro_batch, fetch_every, memory = False, False, None, 1, 2e9
 
 
 # ---- the proxy: a small diffusion transformer ------------------------------------------------
@@ -254,12 +253,10 @@ def step_down(net, opt, clip=2.0):
 
 def adamw(net, lr):
     """The optimiser of all three networks; betas as in the released code."""
-    trained = [p for p in net.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None,
-          after=lambda step: None):
+def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None, after=None):
     """`steps` steps of eq. 4 on `pairs`. Stage 1 warms the proxy up, stage 5 trains its models.
 
     The learning rate rises over the first twentieth of the steps and, with `decay`, falls to zero
@@ -275,7 +272,7 @@ def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None,
         rng = seeded("cpu", seed, "train", k)
         c, alike = drop_captions(c, rng), x.new_full((len(x),), 1 / len(x))
         L, norm = descend_flow(net, opt, alike, x, c, *draw_noise(x, rng))    # eq. 4
-        progress.advance(torch.stack([L.mean(), norm]), keys, lambda: after(k + 1))
+        progress.advance(torch.stack([L.mean(), norm]), keys, after)
     progress.fetch()
     return net
 
@@ -330,11 +327,9 @@ def to_pixels(images):
 
 
 def plant(images, captions, kind, rng, misname):
-    """Turn pairs into dirt in place: images (n, 3, H, W) uint8, captions (n,), kind (n,).
-
-    Kind 1 becomes a plain white picture that says so, 2 noise under its own caption, 3 takes its
-    row of misname(), a wrong caption for every pair; kind 0 stays as it is.
-    """
+    """Turn pairs into dirt in place: images (n, 3, H, W) uint8, captions (n,), kind (n,). Kind 1
+    becomes a plain white picture that says so, 2 noise under its own caption, 3 takes its row of
+    misname(), a wrong caption for every pair; kind 0 stays as it is."""
     flat = rng.uniform(0.75, 0.95, (len(images), 1, 1, 1)).astype(np.float32)
     for rows in np.array_split(np.arange(len(images)), len(images) // 1024 + 1):
         grain = rng.standard_normal(images[rows].shape, dtype=np.float32)
@@ -445,21 +440,21 @@ def load_data(args, device):
         if args.pairs:
             corpus = corpus.take(np.sort(np.argsort(corpus.hashes())[:args.pairs]))
         args.data, args.val = (path and os.path.abspath(path) for path in (args.data, args.val))
-        splits = [keep_resident(corpus, RESIDENT), keep_resident(val), keep_resident(test)]
-    compare_corpus(args, **dict(zip(("train", "val", "test"), splits)))
-    name_shared(*splits)
+        splits = [keep_resident(corpus, Machine.memory), keep_resident(val), keep_resident(test)]
+    splits = dict(zip(("train", "val", "test"), splits))
+    compare_corpus(args, **splits)
+    name_shared(*splits.values())
     if args.plant:
-        if not isinstance(splits[0], Pairs):
+        if not isinstance(splits["train"], Pairs):
             raise SystemExit("--plant works on pairs that fit into memory: take a part of them, "
                              "such as --pairs 20000")
-        splits[0] = plant_pairs(splits[0], read_plant(args.plant), args.seed)
-    for name, pairs in zip(("train", "val", "test"), splits):
+        splits["train"] = plant_pairs(splits["train"], read_plant(args.plant), args.seed)
+    for name, pairs in splits.items():
         if len(pairs) < args.batch_size:
             raise SystemExit(f"the {name} split has {len(pairs)} readable pairs, fewer than "
                              f"--batch-size {args.batch_size}: lower it or add pairs")
-    print0("pairs: " + ", ".join(f"{len(pairs)} {name}" for name, pairs in
-                                 zip(("train", "val", "test"), splits)))
-    return [pairs.to(device) for pairs in splits]
+    print0("pairs: " + ", ".join(f"{len(pairs)} {name}" for name, pairs in splits.items()))
+    return [pairs.to(device) for pairs in splits.values()]
 
 
 def main(args, device):
@@ -501,16 +496,14 @@ def draw_figure(path, proxy, losses, test, seed, verdict):
     """The loss, smoothed over 25 steps, and what the warm proxy draws for eight captions."""
     x, c = test.batch(np.arange(8))
     eps = torch.randn(x.shape, generator=seeded(x.device, seed, "figure"), device=x.device)
-    figure = plt.figure(figsize=(10, 4))
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.4))
-    window = min(25, len(losses))
+    figure, axes = plt.subplot_mosaic(["L0123", "L4567"], figsize=(10, 4), layout="constrained",
+                                      width_ratios=[3, 1, 1, 1, 1])
+    left, window = axes.pop("L"), min(25, len(losses))
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
-    axis = left.subplots()
-    axis.plot(np.arange(len(smooth)) + window, smooth, color="black")
-    axis.set(xlabel="warm-up step", ylabel="loss of the reference proxy", ylim=(0, None))
-    axis.set_title(verdict.split(":")[0], fontsize=9)
-    show_pictures(right.subplots(2, 4, gridspec_kw={"hspace": 0.5}), sample(proxy, c, eps),
-                  test.captions[:8])
+    left.plot(np.arange(len(smooth)) + window, smooth, color="black")
+    left.set(xlabel="warm-up step", ylabel="loss of the reference proxy", ylim=(0, None))
+    left.set_title(verdict.split(":")[0], fontsize=9)
+    show_pictures(list(axes.values()), sample(proxy, c, eps), test.captions[:8])
     save_figure(figure, path)
 
 
@@ -611,13 +604,6 @@ class Pairs:
                        tokens=to_device(self.tokens, device))
 
 
-class Source(NamedTuple):
-    """A tar shard; or the key of a pair outside of one and {suffix: path, or bytes of a table}."""
-    path: str
-    key: str = ""
-    files: dict = {}
-
-
 # 24 bytes a pair: its source; where in a tar it begins, how many blocks it has; its key's hash.
 ENTRY = np.dtype([("source", "i4"), ("offset", "i8"), ("blocks", "i4"), ("hash", "u8")])
 
@@ -625,7 +611,7 @@ ENTRY = np.dtype([("source", "i4"), ("offset", "i8"), ("blocks", "i4"), ("hash",
 @dataclass
 class Shards:
     """N image-text pairs on disk, found by row: stands in for Pairs where memory is too small."""
-    sources: list
+    sources: list              # (tar, "", {}), or (path, key, {suffix: path, or bytes of a table})
     entries: np.ndarray        # (N,) of ENTRY
     size: int
     words: int
@@ -686,11 +672,9 @@ class Shards:
                            keys, captions, strata), skipped
 
     def parts(self, batches, shared=False):
-        """For every array of rows in `batches`: the rows and the readable pairs among them.
-
-        Workers decode ahead, but not for a batch that is the only one. What was skipped is told at
-        the end, by all processes together where they have `shared` the batches.
-        """
+        """For every array of rows in `batches`: the rows and the readable pairs among them. Workers
+        decode ahead, but not for a batch that is the only one. What was skipped is told at the end,
+        by all processes together where they have `shared` the batches."""
         alone, skipped = isinstance(batches, list) and len(batches) == 1, {}
         loader = map(self.__getitems__, batches) if alone or len(self) <= 1000 else DataLoader(
             self, batch_sampler=batches, collate_fn=tuple, num_workers=cores(),
@@ -700,11 +684,6 @@ class Shards:
             skipped.update(dict.fromkeys(missing))
             yield rows, part.to(self.device)
         print_skipped(dict.fromkeys(gather_lists([*skipped])) if shared else skipped)
-
-    def batch(self, rows):
-        """x (B, 3, H, W) and c (B, T) of these rows; readable ones repeated where some are not."""
-        (_, part), = self.parts([rows])
-        return fill_up(part, rows, self)
 
     def name(self, rows):
         return [self.read(row, ())[0] for row in rows]
@@ -741,9 +720,8 @@ def read_dataset(args):
         open_dataset(args, download=True)
     from_first(None)                                       # the others wait for its files
     rng = np.random.default_rng(args.seed)
-    (data, order), (test, test_order) = (
-        (data, rng.permutation(len(data))) for data in
-        (open_dataset(args, train=train) for train in (True, False)))
+    data, test = (open_dataset(args, train=train) for train in (True, False))
+    order, test_order = (rng.permutation(len(split)) for split in (data, test))
     trusted = min(DATASET_TRUSTED, len(data) // 5)
     return [label_pairs(data, np.sort(order[trusted:][:args.pairs]), args),
             label_pairs(data, order[:trusted], args),
@@ -785,9 +763,8 @@ IMAGE_TYPES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif
 TEXT_TYPES = (".txt", ".caption", ".json")                # of several in a pair, the first type
 CAPTION_NAMES = ("caption", "text", "prompt")
 TABLES = ("metadata.csv", "metadata.jsonl")
-RESIDENT = 2e9             # bytes of pixels up to which pairs are kept in memory, or --memory
 BLOCK, RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE     # 512 and 10,240 bytes
-NAME = re.compile(rf"(?:\./)?((?:.*/)?[^./]*)(.*?)((?:{'|'.join(IMAGE_TYPES)})?\.[^.]*)?", re.I)
+NAME = re.compile(rf"(?s)(?:\./)?((?:.*/)?[^./]*)(.*?)((?:{'|'.join(IMAGE_TYPES)})?\.[^.]*)?", re.I)
 BREAKS = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029]")    # of a line
 CONTROLS = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 UNSEEN = (r"[\s\0-\x1f\x7f-\xa0\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
@@ -800,21 +777,22 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 30      # 
 
 
 def open_pairs(path, size, words, out=None):
-    """Shards of `path`: tars, or folders of tars, of images with sidecars, or with a table.
-
-    What the index already shows to be of no use is skipped, counted by reason and named once.
-    """
+    """Shards of `path`: tars, or folders of tars, of images with sidecars, or with a table. What
+    the index already shows to be of no use is skipped, counted by reason and named once."""
     skipped = {}
     files, base = list_files(path, out, skipped)
     tars = [file for file in files if file.lower().endswith(".tar")]
     if tars:
-        sources, entries = [Source(tar) for tar in tars], index_shards(tars, skipped, out)
+        sources, entries = [(tar, "", {}) for tar in tars], index_shards(tars, skipped, out)
         skipped |= {("file beside tars", file): 1 for file in sorted(set(files) - set(tars))}
     elif out and os.path.realpath(out) == os.path.realpath(path):
         raise SystemExit(f"{path} is --out as well: results are no pairs, name another --out")
     else:
-        sources = index_tables(files, base, skipped) or index_files(files, base, skipped)
-        entries = np.array([(k, 0, 0, hash_key(source.key)) for k, source in enumerate(sources)],
+        named = [(os.path.relpath(file, base).replace(os.sep, "/"), file) for file in files]
+        sources = index_tables(files, base, skipped) or [      # or images with .txt beside them
+            (base, key, {kind: file for kind, (_, file) in pair.items()})
+            for key, pair in find_pairs(named, "", skipped)]
+        entries = np.array([(k, 0, 0, hash_key(key)) for k, (_, key, _) in enumerate(sources)],
                            ENTRY)
     pairs = Shards(sources, entries, size, words)
     _, first = np.unique(entries["hash"], return_index=True)
@@ -860,8 +838,7 @@ def list_files(path, out, skipped):
 
 def index_shards(tars, skipped, out):
     """Entries (N,) of all tars, by all cores of the first process; kept in `out` while no tar
-    changes. It says which index is meant: another node may hold the same shards elsewhere.
-    """
+    changes. It says which index is meant: another node may hold the same shards elsewhere."""
     named = [(os.path.basename(tar), os.path.getsize(tar)) for tar in tars]
     if from_first(named) != named:
         raise SystemExit(f"{tars[0]}: these are not the shards (names, sizes) of the first process")
@@ -870,11 +847,9 @@ def index_shards(tars, skipped, out):
     file = Path(out) / f"index-{hash_key(from_first(state)):016x}.npz" if out else None
     if not file or rank() == 0 and not file.exists():
         with ProcessPoolExecutor(cores(), initializer=obey_parent) as pool:
-            indexes = list(pool.map(index_shard, tars))
-        for k, (entries, _) in enumerate(indexes):
-            entries["source"] = k
-        saved = {"entries": np.concatenate([entries for entries, _ in indexes]),
-                 "skipped": np.array([pair for _, bad in indexes for pair in bad]).reshape(-1, 2)}
+            entries, bad = zip(*pool.map(index_shard, tars, range(len(tars))))
+        saved = {"entries": np.concatenate(entries),
+                 "skipped": np.array([pair for part in bad for pair in part]).reshape(-1, 2)}
         if file:
             with atomic_file(file, "wb") as whole:
                 np.savez(whole, **saved)
@@ -884,8 +859,8 @@ def index_shards(tars, skipped, out):
     return saved["entries"]
 
 
-def index_shard(tar_path):
-    """Entries (n,) of one tar, and {(reason, name)} of what is skipped."""
+def index_shard(tar_path, source=0):
+    """Entries (n,) of one tar, source number `source`, and {(reason, name)} of what is skipped."""
     files, skipped, entries, end, size = [], {}, [], 0, os.path.getsize(tar_path)
     with (contextlib.suppress(tarfile.TarError, OSError, ValueError),         # the rest is counted
           tarfile.open(tar_path, "r:", encoding="utf-8") as tar):
@@ -907,22 +882,20 @@ def index_shard(tar_path):
     for key, pair in find_pairs(files, f"{tar_path}: ", skipped):
         numbers, spans = zip(*sorted(pair.values()))
         start, end = spans[0][0], spans[-1][1]
-        if end > size:
-            skipped["cut off at the end of a shard", f"{tar_path}: {key}"] = 1
-        elif numbers[-1] - numbers[0] >= len(numbers):
-            skipped["files of a key are apart in a tar, sort it as tar --sort=name does",
-                    f"{tar_path}: {key}"] = 1
+        reason = ("cut off at the end of a shard" if end > size else
+                  "files of a key are apart in a tar, sort it as tar --sort=name does"
+                  if numbers[-1] - numbers[0] >= len(numbers) else "")
+        if reason:
+            skipped[reason, f"{tar_path}: {key}"] = 1
         else:
-            entries.append((0, start, (end - start) // BLOCK, hash_key(key)))
+            entries.append((source, start, (end - start) // BLOCK, hash_key(key)))
     return np.array(entries, ENTRY), skipped
 
 
 def find_pairs(files, where, skipped):
     """(key, {suffix: (number, place)}) of every image and what belongs to it, from (name, place).
-
     The key ends at the first dot of a file's name, as in WebDataset, or at the last one where the
-    first would join images of which one has a caption of its own, or none has any.
-    """
+    first would join images of which one has a caption of its own, or none has any."""
     groups, number, types = {}, 0, IMAGE_TYPES + TEXT_TYPES
     for name, place in files:
         reason = refuse(name, "tar" if where else "folder")
@@ -958,28 +931,20 @@ def find_pairs(files, where, skipped):
 
 def of_types(kinds, types):
     """The suffixes of some types, the preferred first: '.jpg', then '.png', then '.seg.jpg'."""
-    found = [kind for kind in kinds if kind.endswith(types)]
-    return found if len(found) < 2 else sorted(found, key=lambda kind: (
+    return sorted((kind for kind in kinds if kind.endswith(types)), key=lambda kind: (
         kind.count("."), types.index(kind[kind.rindex("."):]), kind))
 
 
 def split_name(name):
-    """'./a/b.c.JPG' -> ('a/b', '.c', '.jpg'). What `to_name` changed is turned back."""
-    key, dot, kind = name.removeprefix("./").rpartition(".")
-    key, stem, kind = ((key, "", dot + kind) if dot and "." not in key else
-                       NAME.fullmatch(name).groups(""))
+    """'./a/b.c.JPG' -> ('a/b', '.c', '.jpg'). What `to_name` in 04 changed is turned back."""
+    key, stem, kind = NAME.fullmatch(name).groups("")
     return to_key(key), to_key(stem), kind.lower()
 
 
 def to_key(name):
     """A name as a key, without what cannot be written: bytes that are no UTF-8 become \\xe9."""
-    name = name.replace("%2E", ".").replace("%2F", "/") if "%" in name else name
-    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
-
-
-def to_name(key):
-    """A member's name from which any reader gets a key of its own, and no file out of a folder."""
-    return re.sub(r"\.|^/", lambda found: f"%{ord(found[0]):X}", key)
+    name = name.replace("%2E", ".").replace("%2F", "/")
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def refuse(name, where):
@@ -989,13 +954,6 @@ def refuse(name, where):
     if BREAKS.search(name) or ".." in parts or parts[0][1:] == ":" or not parts[0]:
         return f"unsafe name in a {where}"
     return f"hidden file in a {where}" if "/." in "/" + name else ""
-
-
-def index_files(files, base, skipped):
-    """Sources of a folder: images with .txt or .json beside them."""
-    named = [(os.path.relpath(file, base).replace(os.sep, "/"), file) for file in files]
-    return [Source(base, key, {kind: file for kind, (_, file) in pair.items()})
-            for key, pair in find_pairs(named, "", skipped)]
 
 
 def index_tables(files, base, skipped):
@@ -1020,9 +978,9 @@ def index_tables(files, base, skipped):
                 kind = kind if kind in IMAGE_TYPES else IMAGE_TYPES[0]
                 skipped |= {(FURTHER, f"{key}: {text}"): 1 for text in texts[1:]}
                 note = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
-                sources.append(Source(file, key, {kind: file, ".json": note} | {
+                sources.append((file, key, {kind: file, ".json": note} | {
                     ".txt": text.encode() for text in texts[:1]}))
-    named = {os.path.abspath(file) for file in [*tables, *(source.path for source in sources)]}
+    named = {os.path.abspath(file) for file in [*tables, *(file for file, _, _ in sources)]}
     skipped |= {("file that no table names", file): 1 for file in files
                 if tables and os.path.abspath(file) not in named}
     return sources
@@ -1146,8 +1104,7 @@ def keep_resident(pairs, limit=np.inf):
 
 def keep_decoded(pairs, out):
     """For several epochs: Shards with a mapped file in `out`, one a machine, that takes every image
-    when it is first decoded. It has no name, so that the disk is free again however the run ends.
-    """
+    when it is first decoded. It has no name: the disk is free again however the run ends."""
     if isinstance(pairs, Pairs):
         return pairs
     slot = np.dtype([("seen", "?"), ("image", "u1", (3, pairs.size, pairs.size))])
@@ -1169,7 +1126,6 @@ def keep_decoded(pairs, out):
 
 # ---- plumbing for all five stages: batches, processes, files, options -------------------------
 LAUNCHER = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}    # set by torchrun, all of them
-ANEW = (*ANYHOW, "micro_batch", "memory", "compile")   # a continued run may change them
 
 
 def draw_batches(n, batch_size, seed, first, last):
@@ -1182,19 +1138,12 @@ def draw_batches(n, batch_size, seed, first, last):
 
 
 def stream(pairs, batches):
-    """(keys, x, c) for every global batch of rows, cut to this process's share.
-
-    The place of a pair that cannot be read goes to another one of the share.
-    """
+    """(keys, x, c) for every global batch of rows, cut to this process's share. The place of a
+    pair that cannot be read goes to another one of the share."""
     for rows, part in pairs.parts(map(mine, batches), shared=True):
-        yield part.keys, *fill_up(part, rows, pairs)
-
-
-def fill_up(part, rows, pairs):
-    """x and c of as many pairs as `rows`, of which only those in `part` could be read."""
-    if not len(part):
-        raise SystemExit(f"none of these pairs can be read: {', '.join(pairs.name(rows))}")
-    return part.batch(np.arange(len(rows)) % len(part))
+        if not len(part):
+            raise SystemExit(f"none of these pairs can be read: {', '.join(pairs.name(rows))}")
+        yield part.keys, *part.batch(np.arange(len(rows)) % len(part))
 
 
 def to_device(values, device):
@@ -1235,7 +1184,7 @@ def average_gradients(net):
     """Mean of the gradients over processes, in one message."""
     if world() > 1:
         grads = [p.grad for p in net.parameters() if p.grad is not None]
-        vector_to_parameters(average(parameters_to_vector(grads)), grads)
+        vector_to_parameters(add_up(parameters_to_vector(grads)) / world(), grads)
 
 
 def add_up(tensor):
@@ -1245,25 +1194,17 @@ def add_up(tensor):
     return tensor
 
 
-def average(tensor):
-    """Mean of a tensor over processes."""
-    return add_up(tensor) / world()
-
-
 def gather(tensor):
     """The rows of all processes, in the order in which `mine` dealt them."""
-    if world() == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(world())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+    rows = tensor.new_zeros(world() * len(tensor), *tensor.shape[1:])
+    mine(rows).copy_(tensor)
+    return add_up(rows)
 
 
 def gather_lists(items):
     """The lists of all processes one after another. Each waits here for the others."""
-    lists = [items]
+    lists = [items] * world()
     if world() > 1:
-        lists *= world()
         dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
@@ -1280,7 +1221,6 @@ def print0(*words):
 
 def launch(main, args):
     """Call main(args, device): one process of torchrun's, or alone; --out is its own meanwhile."""
-    global RESIDENT
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")           # the terminal may not have ±
     cuda = torch.cuda.is_available()
@@ -1293,8 +1233,7 @@ def launch(main, args):
         raise SystemExit(f"--batch-size {args.batch_size} must divide by {world()} processes")
     Machine.bf16 = cuda if args.precision == "auto" else args.precision == "bf16"
     Machine.compiled, Machine.fetch_every = args.compile, 10 if cuda else 1
-    Machine.micro_batch = getattr(args, "micro_batch", None)
-    RESIDENT = RESIDENT if args.memory is None else args.memory * 1e9
+    Machine.micro_batch, Machine.memory = getattr(args, "micro_batch", None), args.memory * 1e9
     if cuda:
         print0(f"{torch.cuda.get_device_name()}, forward passes in bf16: {Machine.bf16}")
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1357,7 +1296,7 @@ class Progress:
         if path and Path(path).exists():
             state = load(path, written_by)
             for name, value in self.settings.items():
-                if state["settings"].get(name) != value and name not in ANEW:
+                if state["settings"].get(name) != value and name not in ANYHOW:
                     raise SystemExit(
                         f"{path} was begun with {name} = {state['settings'].get(name)}, not "
                         f"{value}: finish that run first, or delete the file to begin anew")
@@ -1365,19 +1304,17 @@ class Progress:
             self.log, self.weights = state["log"].tolist(), state["weights"]
             print0(f"continuing from {path}")
         self.now = self.saved = self.told = time.monotonic()
-        self.told_step = self.step
 
     def expect(self, steps, pairs):
         """From now on tell every few seconds how far the way to `steps` of `pairs` each is."""
         self.goal, self.step_pairs = steps, pairs
 
     def tell(self):
-        if self.goal and self.now - self.told >= self.tell_every:
-            rate = max(self.step - self.told_step, 1) / (self.now - self.told + 1e-9)
+        if self.goal and self.step and self.now - self.told >= self.tell_every:
+            self.told, rate = self.now, self.step / self.seconds
             left = datetime.timedelta(seconds=round((self.goal - self.step) / rate))
             print0(f"step {self.step} of {self.goal}   {self.step_pairs * rate:,.0f} pairs a second"
                    f"   {left} left")
-            self.told, self.told_step = self.now, self.step
 
     def attach(self, **parts):
         """Networks and optimisers to save, and to restore where the run was interrupted."""
@@ -1390,19 +1327,20 @@ class Progress:
                 part.load_state_dict(self.weights[name])
         self.parts, self.weights, Progress.running = parts, {}, True
 
-    def advance(self, numbers, keys=(), before_save=None, by=1):
-        """Count a step and its numbers (K,). On a GPU they are looked at every ten steps only, and
-        before every save, as looking waits for the device."""
+    def advance(self, numbers, keys=(), after=None, by=1):
+        """Count a step of the pairs `keys`, and its numbers (K,); call after(step) before it may be
+        saved. On a GPU numbers are looked at every ten steps and before every save only, as looking
+        waits for the device."""
         caught = numbers.new_full((1,), float(Progress.stop))
-        self.waiting.append((average(torch.cat([numbers.detach(), caught])), keys))
+        self.waiting.append((add_up(torch.cat([numbers.detach(), caught])) / world(), keys))
         self.step += by
         together = (self.step // by % Machine.fetch_every == 0     # for all processes the same step
                     or Progress.stop and world() == 1)
         due = self.path and time.monotonic() - self.saved >= self.save_every
         if together or due:
             self.fetch()
-        if before_save:
-            before_save()
+        if after:
+            after(self.step)
         stop = together and self.stopping
         if stop or due:
             self.save()
@@ -1437,7 +1375,6 @@ class Progress:
         """Start a new loop in the same file; `kept` remains."""
         self.step, self.seconds, self.log, self.parts = 0, 0.0, [], {}
         self.now = self.told = time.monotonic()
-        self.told_step = 0
         self.save()
 
     def finish(self):
@@ -1535,22 +1472,20 @@ def options(description, **defaults):
     """The parser of the options that mean the same in every stage that has them."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="out", help="folder of all results")
     parser.add_argument("--seed", type=lambda text: count(text, 0), default=0,
                         help="of every random draw")
     parser.add_argument("--smoke", action="store_true",
                         help="tiny run, to see that it works; what is typed beside it still counts")
-    parser.add_argument("--save-every", type=float, default=60, metavar="SECONDS",
-                        help="an interrupted run loses this much at most")
     parser.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto",
                         help="of the proxies' forward passes; auto: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--compile", action="store_true", help="by torch.compile, block by block")
-    parser.add_argument("--memory", type=amount, metavar="GB",
-                        help="pixels up to which pairs are kept in memory (default: 2)")
     if "batch_size" in defaults:
         parser.add_argument("--micro-batch", type=count, metavar="PAIRS", help="in memory at a "
                             "time, for the same results (default: all that a process has)")
-    for name, (default, text) in defaults.items():
+    everywhere = {"out": ("out", "folder of all results"),
+                  "save_every": (60.0, "seconds; an interrupted run loses this much at most"),
+                  "memory": (2.0, "GB of pixels up to which pairs are kept in memory")}
+    for name, (default, text) in {**everywhere, **defaults}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text,
                             type={int: count, float: amount}.get(type(default), str))
     return parser
@@ -1580,12 +1515,9 @@ def count(text, least=1):
 
 
 def amount(text):
-    try:
-        if 0 <= float(text) < np.inf:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    if not re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[-+]?\d\d?)?", text, re.I):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return float(text)
 
 
 def load_proxy(out):

@@ -216,8 +216,7 @@ def learn(nets, pairs, val, args, probe, progress):
     progress.attach(**nets, **{f"{name}_opt": opt for name, opt in opts.items()})
     seen = progress.kept.setdefault("seen", [])            # [(step, logits (PROBE,), follows)]
 
-    def after():
-        k = progress.step
+    def after(k):
         if k % max(args.steps // 10, 1) == 0 or k == args.steps:
             follows, logits = follow(nets, *probe, args)
             seen.append((k, logits, follows))

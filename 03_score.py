@@ -184,7 +184,7 @@ def score(nets, group_size, pairs, path, seed, progress, with_baselines=False):
             file.flush()
             progress.kept["bytes"] = file.tell()
             progress.advance(torch.tensor([len(lines)], device=companions.device),
-                             before_save=lambda: os.fsync(file.fileno()), by=s1.world())
+                             after=lambda step: os.fsync(file.fileno()), by=s1.world())
 
 
 def reopen(path, progress):
@@ -343,7 +343,8 @@ def probe_dynamics(proxy, pairs, rows, draws, seed):
     for k in range(draws):
         rng = s1.seeded(pairs.device, seed, "dynamics", k)
         picked = np.random.default_rng([seed, k]).choice(rows, min(32, len(rows)), replace=False)
-        x, c = pairs.batch(picked)
+        (_, part), = pairs.parts([picked])
+        x, c = part.batch(np.arange(len(part)))
         t = torch.randn(len(x), generator=rng, device=x.device).sigmoid()
         eps = torch.randn(x.shape, generator=rng, device=x.device)
         loss = s1.flow_loss(proxy, x, c, t, eps).mean()
@@ -443,7 +444,7 @@ def main(args, device):
     pairs, val, test = s1.load_data(settings, device)
     if args.data:
         pairs = s1.keep_resident(s1.open_pairs(
-            args.data, settings.size, settings.words, args.out), s1.RESIDENT).to(device)
+            args.data, settings.size, settings.words, args.out), s1.Machine.memory).to(device)
     if args.baselines:                                     # stage 5's judge has other pairs
         nets["contrast"] = train_contrast(val, 20 if args.smoke else CONTRAST_STEPS, args.seed + 1)
     suffix = s2.suffix(args.signal)

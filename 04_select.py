@@ -41,6 +41,7 @@ import itertools
 import json
 import mmap
 import os
+import re
 import sys
 import tarfile
 import warnings
@@ -341,10 +342,15 @@ def write_shard(file, pairs):
         for row in range(len(pairs)):
             key, files = pairs.read(row)
             for kind, data in files.items():
-                member = tarfile.TarInfo(s1.to_name(key) + kind)
+                member = tarfile.TarInfo(to_name(key) + kind)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     return len(pairs)
+
+
+def to_name(key):
+    """A member's name from which any reader gets a key of its own, and no file out of a folder."""
+    return re.sub(r"\.|^/", lambda found: f"%{ord(found[0]):X}", key)
 
 
 def draw_figure(path, n, w, args):

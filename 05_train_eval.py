@@ -207,7 +207,7 @@ def run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress):
     rows = choose_rows(arm, pairs, args.out, seed)
     torch.manual_seed(seed)                                # all arms start from the same weights
     net = s1.build_proxy(settings, pairs.device)
-    chosen = s1.keep_resident(pairs.take(rows), s1.RESIDENT).to(pairs.device)
+    chosen = s1.keep_resident(pairs.take(rows), s1.Machine.memory).to(pairs.device)
     steps = args.epochs * (len(rows) // args.batch_size)                      # eq. 1: same epochs
     s1.train(net, chosen, steps, args.batch_size, args.lr, seed, decay=DECAY, progress=progress)
     seconds = progress.seconds

@@ -142,16 +142,15 @@ def test_thirty_kinds_of_broken_pairs(stage, corpus, capsys):
     assert said.count("damaged shard") + said.count("cut off at the end") >= 2
 
 
-def test_ratings_of_a_bad_corpus_belong_to_their_keys(stage, corpus, tmp_path, monkeypatch):
+def test_ratings_of_a_bad_corpus_belong_to_their_keys(stage, corpus, tmp_path):
     """01 and 03 on it, resident and read from the shards: the same keys, the same baselines."""
     flags = ["--smoke", "--out", str(tmp_path)]
     write_pictures(stage, tmp_path / "trusted", 64)
     places = ["--data", str(corpus), "--val", str(tmp_path / "trusted"), "--batch-size", "8"]
     found = []
-    for resident in (2e9, 0):
-        monkeypatch.setattr(stage(1), "RESIDENT", resident)
+    for memory in ("2", "0"):
         for number, extra in ((1, places), (2, []), (3, ["--baselines"])):
-            launch(stage, number, flags + extra)
+            launch(stage, number, [*flags, "--memory", memory, *extra])
         text = np.loadtxt(tmp_path / "ratings.csv", str, delimiter=",", skiprows=1, quotechar='"')
         assert text[:, 0].tolist() == expected_keys()
         found.append(text[:, 4].astype(float))
@@ -653,7 +652,7 @@ def test_trusted_pairs_that_are_trained_on_are_said(stage, tmp_path, capsys, mon
     for k, name in ((0, "0000"), (1, "1000"), (2, "1001")):
         (val / f"{name}.png").write_bytes((data / f"{k:04d}.png").read_bytes())
         (val / f"{name}.txt").write_text("x")
-    monkeypatch.setattr(stage(1), "RESIDENT", 2e9 if resident else 0)
+    monkeypatch.setattr(stage(1).Machine, "memory", 2e9 if resident else 0)
     split_of(stage, options(stage, "--data", data, "--val", val))
     said = capsys.readouterr().out
     assert "1 trusted pairs have the keys of training pairs, first 0000" in said

@@ -147,7 +147,7 @@ def test_wrong_captions_need_two_captions(stage):
 
 def test_plant_asks_for_pairs_in_memory(stage, tmp_path, monkeypatch):
     write_pictures(stage, tmp_path / "pictures", 40)
-    monkeypatch.setattr(stage(1), "RESIDENT", 0)
+    monkeypatch.setattr(stage(1).Machine, "memory", 0)
     with pytest.raises(SystemExit, match="--pairs"):
         load(stage, "--data", str(tmp_path / "pictures"), "--out", str(tmp_path), "--plant",
              "noise=0.1", "--val", str(tmp_path / "pictures"))

@@ -41,8 +41,8 @@ def test_index_finds_every_pair_and_reads_it_in_place(stage, tars):
         assert (rows == expected).all() and part.keys == pairs.name(rows)
         assert torch.equal(part.images, pairs.images[rows])
         assert torch.equal(part.tokens, pairs.tokens[rows])
-    x, c = shards.batch([5, 900])
-    assert torch.equal(x, pairs.batch([5, 900])[0]) and torch.equal(c, pairs.tokens[[5, 900]])
+    (_, part), = shards.parts([[5, 900]])
+    assert part.keys == pairs.name([5, 900]) and torch.equal(part.images, pairs.images[[5, 900]])
     keys = [pairs.keys[900], "nobody", pairs.keys[5]]
     assert stage(1).find_rows(shards, keys).tolist() == [900, -1, 5]
     for kind in (np.array(keys), np.array([stage(1).hash_key(key) for key in keys], "u8")):
@@ -60,17 +60,16 @@ def test_index_is_kept_until_a_shard_changes(stage, tars, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_resident_or_from_disk_gives_the_same_ratings(stage, tars, tmp_path, monkeypatch):
+def test_resident_or_from_disk_gives_the_same_ratings(stage, tars, tmp_path):
     """The chain on tars that fit into memory, and with a memory of 0 bytes."""
     folder, _ = tars
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     found = []
-    for name, limit in (("resident", 2e9), ("disk", 0)):
-        monkeypatch.setattr(stage(1), "RESIDENT", limit)
+    for name, memory in (("resident", "2"), ("disk", "0")):
         out = tmp_path / name
         for number, flags in ((1, ["--data", str(folder)]), (2, []), (3, ["--baselines"])):
-            launch(stage, number, ["--smoke", "--out", str(out), *flags])
+            launch(stage, number, ["--smoke", "--out", str(out), "--memory", memory, *flags])
         with open(out / "ratings.csv", newline="") as file:
             found.append(list(csv.DictReader(file)))
     torch.set_num_threads(threads)
@@ -78,7 +77,7 @@ def test_resident_or_from_disk_gives_the_same_ratings(stage, tars, tmp_path, mon
     for column in ("instance", "group", "loss", "difference"):
         one, two = ([float(row[column]) for row in rows] for rows in found)
         assert np.allclose(one, two, atol=1e-5) and np.ptp(one) > 0
-    launch(stage, 5, ["--smoke", "--seeds", "1", "--out", str(out)])         # from disk, too
+    launch(stage, 5, ["--smoke", "--seeds", "1", "--out", str(out), "--memory", "0"])
     assert (out / "results.md").exists()
 
 
