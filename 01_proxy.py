@@ -837,20 +837,22 @@ def list_files(path, out, skipped):
 
 
 def index_shards(tars, skipped, out):
-    """Entries (N,) of all tars, by all cores of the first process; kept in `out` while no tar
-    changes. It says which index is meant: another node may hold the same shards elsewhere."""
+    """Entries (N,) of all tars, by all processes and cores; kept in `out` while no tar changes. The
+    first process says which index is meant: another node may hold the same shards elsewhere."""
     named = [(os.path.basename(tar), os.path.getsize(tar)) for tar in tars]
     if from_first(named) != named:
         raise SystemExit(f"{tars[0]}: these are not the shards (names, sizes) of the first process")
     state = repr([ENTRY.names, *((os.path.realpath(tar), os.path.getsize(tar),
                                   os.stat(tar).st_mtime_ns) for tar in tars)])
     file = Path(out) / f"index-{hash_key(from_first(state)):016x}.npz" if out else None
-    if not file or rank() == 0 and not file.exists():
+    if not from_first(file and file.exists()):
         with ProcessPoolExecutor(cores(), initializer=obey_parent) as pool:
-            entries, bad = zip(*pool.map(index_shard, tars, range(len(tars))))
+            share = np.array_split(np.arange(len(tars)), world())[rank()]
+            parts = gather_lists([*pool.map(index_shard, [tars[k] for k in share], share)])
+        entries, bad = zip(*parts)
         saved = {"entries": np.concatenate(entries),
                  "skipped": np.array([pair for part in bad for pair in part]).reshape(-1, 2)}
-        if file:
+        if file and rank() == 0:
             with atomic_file(file, "wb") as whole:
                 np.savez(whole, **saved)
     from_first(None)                                       # the others wait for the file
