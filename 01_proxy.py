@@ -519,11 +519,9 @@ def find_word_rows(caption):
 
 def tokenize(captions, words):
     """Captions -> (N, words) int64; 0 fills up, and what is beyond `words` is cut off."""
-    table = torch.zeros(len(captions), words, dtype=torch.int64)
-    for row, caption in zip(table, captions):
-        ids = find_word_rows(caption)[:words]
-        row[:len(ids)] = torch.tensor(ids)
-    return table
+    rows = [find_word_rows(caption)[:words] for caption in captions]
+    rows = [row + [0] * (words - len(row)) for row in rows]
+    return torch.tensor(rows, dtype=torch.int64).view(len(captions), words)
 
 
 def deal(pairs, share, seed):
