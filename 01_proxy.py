@@ -496,7 +496,7 @@ def draw_figure(path, proxy, losses, test, seed, verdict):
     """The loss, smoothed over 25 steps, and what the warm proxy draws for eight captions."""
     x, c = test.batch(np.arange(8))
     eps = torch.randn(x.shape, generator=seeded(x.device, seed, "figure"), device=x.device)
-    figure, axes = plt.subplot_mosaic(["L0123", "L4567"], figsize=(10, 4), layout="constrained",
+    figure, axes = plt.subplot_mosaic("L0123;L4567", figsize=(10, 4), layout="constrained",
                                       width_ratios=[3, 1, 1, 1, 1])
     left, window = axes.pop("L"), min(25, len(losses))
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
