@@ -253,7 +253,8 @@ def step_down(net, opt, clip=2.0):
 
 def adamw(net, lr):
     """The optimiser of all three networks; betas as in the released code."""
-    return torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None, after=None):

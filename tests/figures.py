@@ -235,7 +235,7 @@ def work_example(nets, pairs, group_size, seed=0):
 
     The group is the first in the order of training that holds all of THREE.
     """
-    groups = (s1.batch_rows(len(pairs), group_size, k, seed) for k in itertools.count())
+    groups = s1.draw_batches(len(pairs), group_size, seed, 0, len(pairs))
     rows = next(rows for rows in groups if set(THREE) <= {pairs.strata[row] for row in rows})
     x, c = pairs.batch(rows)
     t, eps = s1.draw_noise(x, s1.seeded("cpu", seed, "example"), s1.T_SHIFT)
