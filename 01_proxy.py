@@ -30,6 +30,7 @@ import contextlib
 import csv
 import ctypes
 import datetime
+import gc
 import glob
 import hashlib
 import io
@@ -863,6 +864,7 @@ def index_shards(tars, skipped, out):
 def index_shard(tar_path, source=0):
     """Entries (n,) of one tar, source number `source`, and {(reason, name)} of what is skipped."""
     files, skipped, entries, end, size = [], {}, [], 0, os.path.getsize(tar_path)
+    gc.disable()                                           # many objects, and no cycle among them
     with (contextlib.suppress(tarfile.TarError, OSError, ValueError),         # the rest is counted
           tarfile.open(tar_path, "r:", encoding="utf-8") as tar):
         for member in iter(tar.next, None):
@@ -890,6 +892,7 @@ def index_shard(tar_path, source=0):
             skipped[reason, f"{tar_path}: {key}"] = 1
         else:
             entries.append((source, start, (end - start) // BLOCK, hash_key(key)))
+    gc.enable()
     return np.array(entries, ENTRY), skipped
 
 
@@ -912,10 +915,10 @@ def find_pairs(files, where, skipped):
             pair[kind] = number, place
     for key, parts in groups.items():
         images, texts = ({stem for stem in parts if of_types(parts[stem], types)}
-                         for types in (IMAGE_TYPES, TEXT_TYPES))
+                         for types in (IMAGE_TYPES, TEXT_TYPES)) if len(parts) > 1 else ("", "")
         if len(images) > 1 and (not texts or images & texts - {""}):
             skipped["first dot as the end of a key, which would join images", where + key] = 1
-        else:
+        elif parts.keys() != {""}:
             parts = {"": {stem.lower() + kind: place for stem, pair in parts.items()
                           for kind, place in pair.items()}}
         for stem, pair in parts.items():
@@ -932,20 +935,23 @@ def find_pairs(files, where, skipped):
 
 def of_types(kinds, types):
     """The suffixes of some types, the preferred first: '.jpg', then '.png', then '.seg.jpg'."""
-    return sorted((kind for kind in kinds if kind.endswith(types)), key=lambda kind: (
+    found = [kind for kind in kinds if kind.endswith(types)]
+    return found if len(found) < 2 else sorted(found, key=lambda kind: (
         kind.count("."), types.index(kind[kind.rindex("."):]), kind))
 
 
 def split_name(name):
     """'./a/b.c.JPG' -> ('a/b', '.c', '.jpg'). What `to_name` in 04 changed is turned back."""
-    key, stem, kind = NAME.fullmatch(name).groups("")
+    key, dot, kind = name.removeprefix("./").rpartition(".")
+    key, stem, kind = ((key, "", dot + kind) if dot and "." not in key else       # most names
+                       NAME.fullmatch(name).groups(""))
     return to_key(key), to_key(stem), kind.lower()
 
 
 def to_key(name):
     """A name as a key, without what cannot be written: bytes that are no UTF-8 become \\xe9."""
-    name = name.replace("%2E", ".").replace("%2F", "/")
-    return name.encode("utf-8", "backslashreplace").decode()
+    name = name.replace("%2E", ".").replace("%2F", "/") if "%" in name else name
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
 
 
 def refuse(name, where):
