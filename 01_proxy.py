@@ -192,7 +192,7 @@ def velocity(net, x_t, t, c):
 
 
 def draw_noise(x, rng, shift=0.0):
-    """t (B,), logit-normal and moved towards noise by `shift`, and eps like x.
+    """t (B,), the sigmoid of a normal number plus `shift` (towards noise), and eps like x.
 
     Every NOISE_ROWS rows of the global batch have a seed of their own, and a process draws those
     that it holds: world size changes nothing.
@@ -253,7 +253,7 @@ def step_down(net, opt, clip=2.0):
 
 
 def adamw(net, lr):
-    """The optimiser of all three networks; betas as in the released code."""
+    """The optimiser of all three networks: betas as in the released code, weight decay 0.01."""
     trained = [p for p in net.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), fused=True)
 

@@ -29,7 +29,8 @@ Added to the paper, each marked in the code (what happens without it: .assets/di
     shifted t      the signal is drawn at high noise, where captions matter to the loss; no effect
                    on the toy pairs
     no caption     a tenth of the captions is blanked as in the warm-up. Without it both proxies
-                   forget pictures without a caption, and stage 3 loses its caption gain
+                   forget pictures without a caption, and stage 3 can no longer tell what a
+                   caption is worth
 Released code: eq. 9 only, no reference proxy, another softmax on top, validation only at first.
 Differs from the paper: steps by AdamW; the softmax runs over groups of fixed size (the paper's 64
 pairs on 2 GPUs are groups of 32), so the number of processes changes nothing.
@@ -61,8 +62,8 @@ PROBE = 512                # training pairs whose logits the figure follows
 class Rater(nn.Module):
     """mu: clean image and caption -> features -> Instance MLP (logit) and Group MLP (W_batch).
 
-    The paper's Fig. 2a with a small transformer encoder in place of STAR-40M's backbone. The Group
-    MLP is the paper's part: in all our measurements ratings without it are as good.
+    The paper's Fig. 2a with a small transformer encoder in place of a text-to-image model's. The
+    Group MLP is the paper's part: in all our measurements ratings without it are as good.
     """
 
     def __init__(self, size, patch, words, width=64, depth=2):
