@@ -20,8 +20,8 @@ The bell's middle is --mean. At the default, half of the ranking, the first quar
 so that dropping that quarter changes little. The more is kept, the more of the tail comes along.
 
 The paper gives neither n, mu, sigma (here --drop, --mean, --std) nor says how to draw. Ours: drop
-25 %, as file names in the authors' first release have it; the mean at 50 % and the std of 15 points place
-the bell on what the paper calls informative, its 30 to 80 %. Sampling is without replacement.
+25 %, as file names in the authors' first release have it; the mean at 50 % and the std of 15 points
+place the bell on what the paper calls informative, its 30 to 80 %. No pair is drawn twice.
 
 Reads    out/ratings.csv, or --ratings with another CSV of stage 3 or a .npy of ratings
 Writes   out/selected-METHOD-KEEP.csv (column key) and .png; for ratings-loss.csv the names begin
