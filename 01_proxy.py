@@ -448,8 +448,8 @@ def load_data(args, device):
     name_shared(*splits.values())
     if args.plant:
         if not isinstance(splits["train"], Pairs):
-            raise SystemExit("--plant works on pairs that fit into memory: take a part of them, "
-                             "such as --pairs 20000")
+            raise SystemExit(f"--plant works on pairs that fit into --memory, and {len(corpus)} do "
+                             "not: take a part of them, such as --pairs 20000, or raise it")
         splits["train"] = plant_pairs(splits["train"], read_plant(args.plant), args.seed)
     for name, pairs in splits.items():
         if len(pairs) < args.batch_size:
@@ -1251,8 +1251,10 @@ def launch(main, args):
             main(args, torch.device("cuda" if cuda else "cpu"))
     except (RuntimeError, MemoryError) as error:
         if re.search("out of memory|allocate|ALLOC_FAILED", str(error)):
-            raise SystemExit("out of memory: lower --micro-batch (pairs at a time, with the same "
-                             "results), --batch-size or --memory")
+            cures = {"micro_batch": "--micro-batch (pairs at a time, with the same results)",
+                     "batch_size": "--batch-size", "memory": "--memory"}
+            raise SystemExit("out of memory: lower " + " or ".join(
+                cure for name, cure in cures.items() if hasattr(args, name)))
         raise
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -329,7 +329,7 @@ def print_bands(strata, percentile):
     names = [name for name in s1.STRATUM_COLOURS if name in set(strata)]
     if not names:
         return
-    s1.print0("\n| percentile | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1)
+    s1.print0("\n| percentile, 0 = rated highest | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1)
               + "|")
     for low in range(0, 100, 100 // BANDS):
         chosen = strata[(percentile >= low) & (percentile < low + 100 // BANDS)]
@@ -460,7 +460,8 @@ def main(args, device):
     if s1.rank():
         return
     os.replace(f"{stem}.csv.part", f"{stem}.csv")
-    command = f"03_score.py --signal {args.signal}" + (f" --data {args.data}" if args.data else "")
+    command = (f"03_score.py --signal {args.signal}" + " --baselines" * args.baselines
+               + (f" --data {args.data}" if args.data else ""))
     write_record(stem, written_by=command, made_from=made_from,
                  data=args.data and os.path.abspath(args.data))
     table = read_table(f"{stem}.csv")

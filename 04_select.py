@@ -187,7 +187,8 @@ def read_columns(path, name, hash_key):
               warnings.catch_warnings(action="ignore")):   # of no data
             columns = next(csv.reader(file), [])
             if not {"key", name} <= set(columns):
-                raise ValueError(f"columns key and {name} are needed, it has {columns}")
+                raise ValueError(f"columns key and {name} are needed, it has {columns}; those of "
+                                 "rankings without a rater come with 03_score.py --baselines")
             places = [columns.index(found) for found in dict.fromkeys(["key", name])]
             table = np.loadtxt(file, [("key", "u8"), ("number", "f8")][:len(places)],
                                delimiter=",", converters={places[0]: hash_key}, usecols=places,
@@ -428,6 +429,8 @@ def main(args):
         made_from={**record.get("made_from", {}), args.ratings.name: digest(args.ratings)})
     draw_figure(f"{stem}.png", len(real), w, args)
     print(f"wrote {file}, .json, .png: {len(rows)} of {len(real)} pairs{compose(strata)}")
+    if 1 < args.keep <= 100 < len(real):
+        print(f"--keep {args.keep:g} is a number of pairs; a share is 1 at most, and half is 0.5")
     if len(real) < len(rating):
         print(f"{len(rating) - len(real)} pairs with planted dirt are left out of the ranking")
     if args.write_shards:

@@ -144,6 +144,19 @@ def test_the_default_rule_follows_from_what_the_ratings_say_of_themselves(
     assert (tmp_path / f"selected-{file}-0.4.csv").exists()
 
 
+def test_a_keep_that_may_be_meant_as_per_cent_is_said_to_be_a_number(stage, tmp_path, capsys):
+    write(tmp_path / "ratings.csv", [f"{k},{k},1,1,x" for k in range(200)])
+    for keep, said in (("50", True), ("0.5", False), ("150", False)):
+        launch(stage, 4, ["--out", str(tmp_path), "--keep", keep])
+        assert ("is a number of pairs" in capsys.readouterr().out) == said
+
+
+def test_columns_of_baselines_are_said_to_be_missing(stage, tmp_path):
+    write(tmp_path / "ratings.csv", ["a,1,1,1,x", "b,2,1,1,x"])
+    with pytest.raises(SystemExit, match="contrast are needed.*03_score.py --baselines"):
+        launch(stage, 4, ["--out", str(tmp_path), "--rank-by", "rating,contrast"])
+
+
 def test_ratings_of_another_origin_are_taken_as_high_is_good(stage, tmp_path, capsys):
     write(tmp_path / "ratings.csv", [f"{k},{k},1,1,x" for k in range(20)])
     launch(stage, 4, ["--out", str(tmp_path), "--keep", "2"])

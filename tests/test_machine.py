@@ -154,6 +154,14 @@ def test_too_little_memory_is_one_line_with_both_options(stage, tmp_path, greedy
         start(stage, tmp_path, lambda args, device: greedy())
 
 
+def test_the_cure_names_options_that_the_stage_has(stage, monkeypatch, tmp_path):
+    def greedy(args, device):
+        raise MemoryError("unable to allocate")
+    args = stage(3).parse_args(["--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^out of memory: lower --memory$"):
+        stage(1).launch(greedy, args)
+
+
 def test_other_errors_keep_their_traceback(stage, tmp_path):
     def main(args, device):
         raise RuntimeError("an illegal memory access was encountered")
@@ -309,7 +317,7 @@ def test_an_arm_that_fits_is_kept_in_memory(stage, shards, tmp_path, monkeypatch
         (type(pairs).__name__, len(pairs))))
     monkeypatch.setattr(stage(5), "evaluate", lambda *rest: ({}, None))
     settings, args = stage(1).parse_args([]), stage(5).parse_args(["--batch-size", "8"])
-    for arm in (stage(5).FULL, stage(5).HALF):
+    for arm in stage(5).ARMS[:2]:               # all pairs, and a random half
         stage(5).run_arm(arm, 0, args, settings, shards, None, None, None, stage(1).Progress())
     assert kinds[0] == ("Shards", 60) and kinds[1][0] == "Pairs" and 29 <= kinds[1][1] <= 30
 

@@ -106,16 +106,17 @@ def test_new_shards_hold_the_selected_pairs_byte_for_byte(stage, tars, tmp_path)
 
 def test_train_the_rater_on_a_sample_rate_everything_take_home_the_half(stage, tars, tmp_path,
                                                                         monkeypatch):
-    """The README's line, on three tars of which the first is the sample."""
+    """The line of own.md, on three tars of which the first is the sample."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tars[0], tmp_path / "shards")
-    line = next(line for line in (ROOT / "README.md").read_text().splitlines()
+    line = next(line for line in (ROOT / ".assets/own.md").read_text().splitlines()
                 if "--write-shards half" in line and line.startswith("python 01"))
     line = line.replace("train-00*", "train-0*").replace("trusted/", "shards/train-1.tar")
     for command in line.split(" && "):
         _, file, *flags = shlex.split(command)
         launch(stage, int(file[1]), [*flags, "--smoke"])
-    ratings = np.load(tmp_path / "big/ratings-of-shards-train.npy")
+    _, ratings = stage(4).read_ratings(tmp_path / "big/ratings-of-shards-train.csv",
+                                       "rating,contrast")
     half = stage(1).open_pairs(tmp_path / "half", 16, 8)
     expected = np.sort(np.argsort(-ratings, kind="stable")[:650])
     assert half.name(range(650)) == [tars[1].keys[row] for row in expected]
