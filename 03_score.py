@@ -329,8 +329,8 @@ def print_bands(strata, percentile):
     names = [name for name in s1.STRATUM_COLOURS if name in set(strata)]
     if not names:
         return
-    s1.print0("\n| percentile, 0 = rated highest | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1)
-              + "|")
+    s1.print0("\n| percentile, 0 = rated highest | " + " | ".join(names) + " |\n"
+              + "|---" * (len(names) + 1) + "|")
     for low in range(0, 100, 100 // BANDS):
         chosen = strata[(percentile >= low) & (percentile < low + 100 // BANDS)]
         shares = " | ".join(f"{np.mean(chosen == name):.0%}" for name in names)
