@@ -146,10 +146,10 @@ def meta_step(nets, opts, train, val, rng, args):
     W = (W_inst * W_batch).detach()                        # eq. 5 holds mu fixed; sums to W_batch
     noise = s1.draw_noise(x, rng, s1.T_SHIFT)              # one for both proxies
     noise_val = s1.draw_noise(x_val, rng)
-    c, c_val = (s1.drop_captions(words, rng) for words in (c, c_val))        # added
+    c, c_val = (s1.drop_captions(words, rng) for words in (c, c_val))         # added
     batch = W.flatten() / len(W), x, c, *noise
     batch_val = x_val.new_full((len(x_val),), 1 / len(x_val)), x_val, c_val, *noise_val
-    L_hat, norm_hat = s1.descend_flow(nets["ref"], opts["ref"], *batch)        # eq. 5, no g_val
+    L_hat, norm_hat = s1.descend_flow(nets["ref"], opts["ref"], *batch)       # eq. 5, no g_val
     L_both, norm = s1.descend_flow(nets["proxy"], opts["proxy"],              # eqs. 5, 10
                                    *map(torch.cat, zip(batch, batch_val)))
     L_theta, L_val = L_both.split(len(x))                                     # (B,), (B,)

@@ -84,7 +84,7 @@ def baselines(proxy, ref, x, c, rng):
         t = torch.randn(CHUNK, generator=rng, device=x.device) + s1.T_SHIFT
         noise = t.sigmoid()[:len(x)], drawn.normal_(generator=rng)[:len(x)]   # same for all three
         L_theta, L_hat = (s1.flow_loss(net, x, c, *noise) for net in (proxy, ref))
-        L_empty = s1.flow_loss(ref, x, 0 * c, *noise)                # no caption
+        L_empty = s1.flow_loss(ref, x, 0 * c, *noise)                         # no caption
         sums += torch.stack([L_hat, L_theta - L_hat, L_empty - L_hat], 1) / DRAWS
     return sums.unbind(1)
 
@@ -313,15 +313,16 @@ def report(strata, column, name):
 def judge_rating(strata, rating, trusted):
     """Added: what the rating finds, in words: a line for the trusted pairs (their ratings, (K,))
     and one for every kind of dirt that is known."""
-    print0, say = s1.print0, s1.say
-    print0(say("trusted pairs are {}rated above the corpus", auc(trusted, rating), 0.5, 0.6,
-               "either the rating does not know what was asked for, or the corpus is as good as "
-               "they are: 01_proxy.py --plant tells which"))
+    s1.print0(s1.say(
+        "trusted pairs are {}rated above the corpus", auc(trusted, rating), 0.5, 0.6, "either the "
+        "rating does not know what was asked for, or the corpus is as good as they are: "
+        "01_proxy.py --plant tells which"))
     for stratum, area in areas(strata, rating).items():
         kind = stratum.rpartition("-")[2]
-        cure = ("the proxy does not read them well enough: 04_select.py --rank-by rating,contrast"
+        cure = ("if 01 says that captions are read, the rater has not learnt to: 04_select.py "
+                "--rank-by rating,contrast finds more"
                 if kind == "caption" else "more meta steps, or trusted pairs that differ from it")
-        print0(say(f"{DIRT_NAMES[kind]} are {{}}found", area, 0.5, 0.8, cure))
+        s1.print0(s1.say(f"{DIRT_NAMES[kind]} are {{}}found", area, 0.5, 0.8, cure))
 
 
 def print_bands(strata, percentile):

@@ -131,7 +131,7 @@ def advise(written_by, rank_by):
     ours = rank_by in ("rating", "instance")
     if rank_by == "loss" or ours and "--signal loss" in written_by:
         return "shift-gsample", "a high rating means low loss (eq. 9), so plain pictures come first"
-    if ours and written_by:
+    if ours and written_by or rank_by == "difference":
         return "topk", "a high rating means that validation asked for the pair (eq. 6)"
     return "topk", f"all that is known of {rank_by} is that high is good"
 
@@ -313,7 +313,7 @@ def write_shards(folder, out, data, keys, rows, per_shard=10000):
     Members keep their bytes and keys. rows (n,) are used where keys is None (ratings in a .npy).
     """
     sys.path.insert(0, str(Path(__file__).parent))         # PYTHONSAFEPATH leaves it out
-    s1 = importlib.import_module("01_proxy")      # only here: brings torch with it
+    s1 = importlib.import_module("01_proxy")               # only here: brings torch with it
     settings, _ = s1.load_proxy(out)
     data = data or settings.data
     if data == "toy":

@@ -117,6 +117,10 @@ def list_arms(args, pairs, arms=ARMS):
     read_once.cache_clear()
     check_once.cache_clear()
     if args.selected:
+        for file in args.selected:
+            if not Path(file).exists():
+                raise SystemExit(f"{file} is missing: 04_select.py writes selections and names "
+                                 "them")
         stems = [Path(file).stem for file in args.selected]
         names = [stem if stems.count(stem) == 1 and not re.match("full$|random ", stem)
                  else str(Path(file).resolve()) for stem, file in zip(stems, args.selected)]
@@ -137,13 +141,18 @@ def list_arms(args, pairs, arms=ARMS):
     return found
 
 
-def count_steps(arms, args, settings, pairs):
+def count_steps(size, args):
+    """Of an arm of `size` pairs: half the pairs, half the steps."""
+    return args.epochs * (size // args.batch_size)         # eq. 1: the same number of epochs
+
+
+def foretell(arms, args, settings, pairs):
     """Steps of every arm: all that they read is read here, before any training. Says the cost."""
     sizes = [len(choose_rows(arm, pairs, args.out, args.seed)) for arm in arms]
     if min(sizes) < args.batch_size:
         raise SystemExit(f"{arms[np.argmin(sizes)].name}: {min(sizes)} pairs are fewer than "
                          "--batch-size")
-    steps = {arm.name: args.epochs * (size // args.batch_size) for arm, size in zip(arms, sizes)}
+    steps = {arm.name: count_steps(size, args) for arm, size in zip(arms, sizes)}
     began, total = time.monotonic(), args.seeds * sum(steps.values())
     with torch.random.fork_rng(devices=[]):                # what follows draws as if this were not
         s1.train(s1.build_proxy(settings, pairs.device), pairs, 4, args.batch_size, args.lr,
@@ -208,7 +217,7 @@ def run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress):
     torch.manual_seed(seed)                                # all arms start from the same weights
     net = s1.build_proxy(settings, pairs.device)
     chosen = s1.keep_resident(pairs.take(rows), s1.Machine.memory).to(pairs.device)
-    steps = args.epochs * (len(rows) // args.batch_size)                      # eq. 1: same epochs
+    steps = count_steps(len(rows), args)
     s1.train(net, chosen, steps, args.batch_size, args.lr, seed, decay=DECAY, progress=progress)
     seconds = progress.seconds
     numbers, images = evaluate(net, test, judge, reference, args.seed)
@@ -283,9 +292,9 @@ def tabulate(results, arms, floor):
     values = {arm.name: {name: np.array([row[name] for row in results if row["arm"] == arm.name])
                          for name in results[0] if name != "arm"} for arm in arms}
     strata = [name for name in results[0] if name in s1.STRATUM_COLOURS]
-    means = [("arm", "pairs", " / ".join(strata), "seconds", *METRICS)]
+    means = [("arm", "pairs", " / ".join(strata) or "stratum", "seconds", *METRICS)]
     for name, columns in values.items():
-        shares = " / ".join(f"{100 * columns[stratum].mean():.0f}" for stratum in strata)
+        shares = " / ".join(f"{100 * columns[stratum].mean():.0f}" for stratum in strata) or "-"
         means.append((name, columns["pairs"][0], shares, f"{columns['seconds'].mean():.0f}",
                       *(show_interval(*interval(columns[metric])) for metric in METRICS)))
     baselines = [arm.name for arm in arms if not arm.ratings and not arm.file]
@@ -385,7 +394,7 @@ def main(args, device, arms=ARMS, name="results"):
             raise SystemExit("a .npy does not fit a corpus with planted dirt: use a CSV of keys")
         pairs = pairs.take(real)
     arms, stem = list_arms(args, pairs, arms), Path(args.out) / name
-    steps = count_steps(arms, args, settings, pairs)
+    steps = foretell(arms, args, settings, pairs)
     judge = (StandardJudge(args, device) if args.metrics == "standard" else
              s3.train_contrast(test, 20 if args.smoke else s3.CONTRAST_STEPS, args.seed))
     (x, _), (other, _) = (split.batch(np.arange(min(DRAWN, len(split)))) for split in (test, val))

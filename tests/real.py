@@ -74,13 +74,6 @@ def swap_similar(pairs, share, seed):
     return s1.Pairs(pairs.images, tokens, pairs.keys, captions, strata)
 
 
-def areas(values, strata):
-    """{stratum: AUC of right pairs above it}."""
-    dirt = sorted(set(strata) - {"informative"})
-    return {name: s3.auc(values[strata == "informative"], values[strata == name])
-            for name in dirt}
-
-
 # ---- raters ----------------------------------------------------------------------------------
 class Eyes(nn.Module):
     """Features from a copy of the warm proxy: means of the words' and of the patches' last states
@@ -206,7 +199,7 @@ def ask_eyes(args):
             def after(k):
                 if k in CHECKS:
                     for rater_name, rater in raters.items():
-                        for stratum, area in areas(rate(rater, probe), strata).items():
+                        for stratum, area in s3.areas(strata, rate(rater, probe)).items():
                             table.setdefault((rater_name, stratum, k), []).append(area)
 
             steps = CHECKS[0] if args.smoke else CHECKS[-1]
@@ -214,7 +207,7 @@ def ask_eyes(args):
             for rater_name, milliseconds in spent.items():
                 table.setdefault((rater_name, "ms"), []).append(milliseconds)
             for signal, values in signals(nets, probe, seed).items():
-                for stratum, area in areas(values, strata).items():
+                for stratum, area in s3.areas(strata, values).items():
                     table.setdefault((signal, stratum, steps), []).append(area)
         head(f"{name}: rater", "AUC over", *(f"{k} steps" for k in CHECKS), "ms a step")
         for key in sorted({key[:2] for key in table if len(key) == 3}):
@@ -236,7 +229,7 @@ def ask_steps(args):
                     step = (f"captions {'dropped in a tenth' if dropped else 'kept'}, theta on "
                             f"{'eq. 5' if training_term else 'validation alone'}")
                     for signal, values in signals(nets, probe, seed).items():
-                        for stratum, area in areas(values, strata).items():
+                        for stratum, area in s3.areas(strata, values).items():
                             table.setdefault((step, signal, stratum), []).append(area)
         strata = sorted({key[2] for key in table})
         head(f"{name}: meta step", "signal", *strata)
@@ -284,7 +277,7 @@ def ask_signals(args, judged=None):
                 found, spent = rate_corpus(settings, splits, Path(out), args.smoke)
             strata = np.array(splits[0].strata)
             for signal, values in found.items():
-                for stratum, area in areas(values, strata).items():
+                for stratum, area in s3.areas(strata, values).items():
                     table.setdefault((signal, stratum), []).append(area)
             seconds.append(spent)
             if judged:
@@ -373,7 +366,7 @@ def ask_curve(args):
                     if step in points:
                         gain = signals({"proxy": proxy, "ref": proxy}, probe, seed)[
                             "caption gain of theta_hat"]
-                        found = {**areas(gain, np.array(probe.strata)), "captions read":
+                        found = {**s3.areas(np.array(probe.strata), gain), "captions read":
                                  s1.read_captions(proxy, val, seed)}
                         for what, value in found.items():
                             table.setdefault((width, what, step), []).append(value)

@@ -212,3 +212,13 @@ def test_checkpoints_never_run_code(stage, tmp_path):
     with pytest.raises(SystemExit, match="cannot be read"):
         stage(1).load(tmp_path / "proxy.pt", "01_proxy.py")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_every_epoch_has_an_order_of_its_own_and_any_step_can_be_drawn_by_itself(stage):
+    batches = [rows.tolist() for rows in stage(1).draw_batches(10, 3, 0, 0, 9)]
+    epochs = [sum(batches[k:k + 3], []) for k in (0, 3, 6)]
+    assert all(len(set(rows)) == 9 for rows in epochs)     # the short rest is left out
+    assert len({tuple(rows) for rows in epochs}) == 3
+    for first in range(9):
+        assert [rows.tolist() for rows in stage(1).draw_batches(10, 3, 0, first, 9)] == batches[
+            first:]

@@ -208,3 +208,15 @@ def test_too_few_validation_pairs_for_a_batch_are_named(chain):
     done = run(f"02_meta_rater.py --batch-size 128 --out {chain}")
     assert done.returncode == 1 and "64 validation pairs" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_signal_is_ranked_in_its_group_and_its_total_among_groups(stage):
+    """So that neither a tail nor a drift that all groups share moves anything."""
+    signal = torch.tensor([[3.0, -1.0, 0.0], [90.0, 0.1, 0.2], [-5.0, 0.0, 1.0]])
+    W = torch.full((3, 3), 1 / 3)                          # totals 0.7, 30.1 and -1.3
+    low, middle, high = stage(2).rank_normal(torch.arange(3.0))
+    for drift in (0, 1000):
+        s, s_group = stage(2).rank_signal(signal + drift, W)
+        assert torch.equal(s, torch.stack([torch.stack(row) for row in (
+            (high, low, middle), (high, low, middle), (low, middle, high))]))
+        assert torch.equal(s_group, torch.stack([middle, high, low])[:, None])

@@ -128,6 +128,7 @@ EQ9 = "a high rating means low loss (eq. 9)"
      f"--method shift-gsample, the default here: {EQ9}"),
     ("--rank-by instance --ratings OUT/ratings-loss.csv", "loss-by-instance-shift-gsample", EQ9),
     ("--rank-by loss", "by-loss-shift-gsample", EQ9),
+    ("--rank-by difference", "by-difference-topk", EQ6),
     ("--rank-by gain", "by-gain-topk", "known of gain is that high is good"),
     ("--rank-by rating,gain", "by-rating-gain-topk", "known of rating,gain is that high is good"),
     ("--method gsample", "gsample", f"gsample, as asked; topk would suit: a high rating means {EQ6}"),
@@ -225,3 +226,15 @@ def test_row_numbers_and_masks(stage, tmp_path):
                          ((1, 1), int), ((), int), ((1, 0), bool), ((0,) * 5, bool)):
         with pytest.raises(SystemExit, match="s.npy"):
             rows(*values, kind=kind)
+
+
+@pytest.mark.parametrize("method,said", [
+    ("topk", "p of eq. 11 (not used)"), ("gsample", "p of eq. 11, scaled"),
+    ("shift-gsample", "p of eq. 11, scaled")])
+def test_the_figure_says_whether_the_bell_was_used(stage, tmp_path, monkeypatch, method, said):
+    figures = []
+    monkeypatch.setattr(stage(4).plt, "close", figures.append)
+    write(tmp_path / "ratings.csv", [f"{k},{k},1,1,x" for k in range(40)])
+    launch(stage, 4, ["--out", str(tmp_path), "--method", method])
+    (axis,), = (figure.axes for figure in figures)
+    assert said in [text.get_text() for text in axis.get_legend().get_texts()]

@@ -155,3 +155,9 @@ def test_options_that_cannot_be_meant_are_refused(stage, capsys, flags):
     with pytest.raises(SystemExit) as stop:
         stage(5).parse_args(flags.split())
     assert stop.value.code == 2 and flags.split()[-2] in capsys.readouterr().err
+
+
+def test_a_selection_that_is_not_there_is_one_line_before_anything_else(stage, chain, capsys):
+    with pytest.raises(SystemExit, match="^nowhere.csv is missing: 04_select.py"):
+        launch(stage, 5, ["--smoke", "--out", str(chain), "--selected", "nowhere.csv"])
+    assert "carries no record" not in capsys.readouterr().out

@@ -254,7 +254,7 @@ def test_stage_3_says_which_dirt_is_found_and_whether_trusted_pairs_stand_out(st
     text = capsys.readouterr().out
     assert re.search(r"trusted pairs are rated above the corpus: 1\.00", text)
     assert re.search(r"noisy pictures are found: 1\.00", text)
-    assert re.search(r"wrong captions are not found: 0\.\d\d .*the proxy does not read them", text)
+    assert re.search(r"wrong captions are not found: 0\.\d\d .*if 01 says that captions are read", text)
     stage(3).judge_rating(np.array([""] * 150), rating, rating)
     text = capsys.readouterr().out
     assert "trusted pairs are not rated above the corpus: 0.50" in text and "found" not in text
