@@ -270,7 +270,7 @@ def read_record(path, out, say=print):
 
 @contextlib.contextmanager
 def whole_file(path, mode="w"):
-    """A file that takes its name when it is complete; where it cannot be written, one line."""
+    """As `atomic_file` in stage 1, which would bring torch with it; makes the folder, too."""
     part = Path(f"{path}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)

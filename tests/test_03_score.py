@@ -1,4 +1,5 @@
 """Stage 3: a pair's score belongs to the pair."""
+import json
 import numpy as np
 import pytest
 import torch
@@ -140,3 +141,11 @@ def test_heuristics_against_plain_loops(stage):
     wave[1] = np.cos(2 * np.pi * np.arange(12) / 12)                         # one period
     energy = stage(3).heuristics(torch.from_numpy(wave).float())[:, 1]
     assert energy[0] > 1 and energy[1] < 1e-6
+
+
+def test_the_record_names_the_whole_command(chain):
+    """It is what a later stage tells to run again."""
+    said = {name: json.loads((chain / f"{name}.json").read_text())["written_by"]
+            for name in ("ratings", "ratings-loss")}
+    assert said == {"ratings": "03_score.py --signal difference --baselines",
+                    "ratings-loss": "03_score.py --signal loss"}
