@@ -1,5 +1,6 @@
 """Stage 3: a pair's score belongs to the pair."""
 import json
+
 import numpy as np
 import pytest
 import torch
