@@ -11,13 +11,12 @@ nothing. (The released code's ratings are softmaxes over the scoring batch: they
 batch-mates and on file order, and grow in a short last batch.) Ratings are written chunk by chunk:
 memory does not grow with the corpus, and an interrupted run continues.
 
-A rating costs one pass of the small rater. --baselines adds rankings that need no rater. Three are
+A rating costs one pass of the small rater. --baselines adds rankings without a rater. Three are
 the mean of 8 draws of t and eps: `loss`, L(theta_hat; x_i) after stage 2; `difference`,
 L(theta; x_i) - L(theta_hat; x_i); and `gain`, what its caption is worth to the proxy,
 L(theta_hat; x_i without caption) - L(theta_hat; x_i). `contrast` is what practitioners use, in
 small: the cosine of picture and caption under a contrastive network, here trained on the trusted
-pairs of stage 2. Three of the paper's heuristics look at the picture alone: `clarity`,
-`frequency`, `edges`.
+pairs of stage 2.
 
 Reads    out/proxy.pt, out/rater.pt                       (--signal loss: out/rater-loss.pt)
 Writes   out/ratings.csv, out/ratings.npy (its column `rating`), out/ratings.json (what made them),
@@ -56,7 +55,7 @@ DRAWS = 8                  # of t and eps behind three of the baselines
 BANDS = 10                 # percentile bands in the figures
 SHOWN = 1_000_000          # ratings at most that the report and the figures look at
 NUMBERS = ["instance", "group", "rating"]
-BASELINES = ["loss", "difference", "gain", "contrast", "clarity", "frequency", "edges"]
+BASELINES = ["loss", "difference", "gain", "contrast"]
 CONTRAST_STEPS = 500       # of the contrastive network's training
 DIRT_NAMES = {"plain": "plain pictures", "noise": "noisy pictures", "caption": "wrong captions",
               "collage": "collages"}
@@ -89,39 +88,9 @@ def baselines(proxy, ref, x, c, rng):
     return sums.unbind(1)
 
 
-def otsu_threshold(values, bins=64):
-    """Threshold (B, 1) that splits values (B, P) into two classes, farthest apart (Otsu 1979)."""
-    top = values.amax(1, keepdim=True).clamp_min(1e-12)
-    place = (values / top * (bins - 1)).long()                                # (B, P)
-    share = torch.zeros(len(values), bins, device=values.device).scatter_add_(
-        1, place, torch.full_like(values, 1 / values.shape[1]))               # (B, bins)
-    below, mass = share.cumsum(1), (share * torch.arange(bins, device=values.device)).cumsum(1)
-    between = (mass[:, -1:] * below - mass).square() / (below * (1 - below)).clamp_min(1e-6)
-    return top * (between.argmax(1, keepdim=True) + 1) / (bins - 1)
-
-
-def heuristics(x):
-    """clarity, frequency, edges (B, 3) of pictures (B, 3, H, W), without caption or network.
-
-    Variance of the Laplacian; energy above a quarter of the sampling rate; share of pixels whose
-    Sobel gradient is above Otsu's threshold. High is rated high.
-    """
-    grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")     # (B, 1, H+2, W+2)
-    laplace = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])
-    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
-    kernels = torch.stack([laplace, sobel, sobel.T])[:, None].to(x.device)
-    curve, dx, dy = F.conv2d(grey, kernels).flatten(2).unbind(1)              # (B, H W) each
-    slope = torch.hypot(dx, dy)
-    rate = torch.fft.fftfreq(x.shape[-1], device=x.device)
-    high = torch.hypot(rate[:, None], rate) > 0.25                            # (H, W)
-    energy = torch.fft.fft2(x.mean(1)).abs().square()[:, high].mean(1)
-    edges = (slope >= otsu_threshold(slope)).float().mean(1)
-    return torch.stack([curve.var(1), energy, edges], 1)
-
-
 @torch.no_grad()
 def score_chunk(nets, part, companions, chunk, seed, with_baselines=False):
-    """The NUMBERS (B, 3), with BASELINES (B, 10), of the pairs of one chunk."""
+    """The NUMBERS (B, 3), with BASELINES (B, 7), of the pairs of one chunk."""
     x, c = part.batch(np.arange(len(part)))
     f = nets["rater"].features(x, c)                                          # (B, D)
     instance = nets["rater"].logits(f)                                        # (B,)
@@ -130,8 +99,7 @@ def score_chunk(nets, part, companions, chunk, seed, with_baselines=False):
     if with_baselines:
         rng = s1.seeded(x.device, seed, "score", chunk)
         cosine = (nets["contrast"].embed_images(x)[1] * nets["contrast"].embed_tokens(c)).sum(1)
-        columns += [*baselines(nets["proxy"], nets["ref"], x, c, rng), cosine,
-                    *heuristics(x).unbind(1)]
+        columns += [*baselines(nets["proxy"], nets["ref"], x, c, rng), cosine]
     return torch.stack(columns, 1)
 
 

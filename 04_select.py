@@ -1,4 +1,4 @@
-"""Stage 4 of 5: choose the pairs to keep: Shift-Gsample (eq. 11) and its rivals. Needs no torch.
+"""Stage 4 of 5: choose the pairs to keep: Shift-Gsample (eq. 11) and its rivals.
 
 Sort by rating, highest first; w_i in [0, 1) is pair i's position in that order. Then
 
@@ -32,9 +32,7 @@ Run      python 04_select.py                                  ratings of eq. 6
 """
 import argparse
 import collections
-import contextlib
 import csv
-import hashlib
 import importlib
 import io
 import itertools
@@ -48,15 +46,14 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
+s1 = importlib.import_module("01_proxy")
 
 METHODS = ("topk", "shift-gsample", "gsample", "block", "random")
-RANKINGS = ("rating", "instance", "loss", "difference", "gain", "contrast", "clarity", "frequency",
-            "edges")
+RANKINGS = ("rating", "instance", "loss", "difference", "gain", "contrast")
 
 
 # ---- eq. 11 and its rivals -------------------------------------------------------------------
@@ -240,12 +237,6 @@ def read_rows(path, n):
     return rows
 
 
-def digest(path):
-    """As in stage 1, which would bring torch with it."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
-
-
 def read_record(path, out, say=print):
     """The .json beside a file of stage 3 or 4; {} where there is none that knows this very file.
 
@@ -253,7 +244,7 @@ def read_record(path, out, say=print):
     """
     try:
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        known = [digest(path.with_name(name)) == value for name, value in record["files"].items()]
+        known = [s1.digest(path.with_name(name)) == value for name, value in record["files"].items()]
         made_from, made_by = record["made_from"].items(), record["written_by"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         known = []
@@ -262,32 +253,17 @@ def read_record(path, out, say=print):
         return {}
     for name, value in made_from:
         file = Path(out if name == "proxy.pt" else path.parent) / name
-        if file.exists() and digest(file) != value:
+        if file.exists() and s1.digest(file) != value:
             raise SystemExit(f"{path} was made from another {file} than is there now: run "
                              f"{made_by} again")
     return record
-
-
-@contextlib.contextmanager
-def whole_file(path, mode="w"):
-    """As `atomic_file` in stage 1, which would bring torch with it; makes the folder, too."""
-    part = Path(f"{path}.part")
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        text = {"newline": "", "encoding": "utf-8"} if mode == "w" else {}
-        with open(part, mode, **text) as file:
-            yield file
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise SystemExit(f"{path} cannot be written: {error.strerror}; name another --out")
 
 
 def write_selection(stem, rows, table, **facts):
     """STEM.csv with the keys of these lines of a CSV, or STEM.npy with the rows where there is no
     table; and STEM.json. Returns its path, and {stratum: count} for the analysis."""
     path, strata = Path(f"{stem}.csv" if table else f"{stem}.npy"), collections.Counter()
-    with whole_file(path, "w" if table else "wb") as file:
+    with s1.atomic_file(path, "w" if table else "wb") as file:
         if table:
             writer = csv.writer(file)
             writer.writerow(["key"])
@@ -296,8 +272,8 @@ def write_selection(stem, rows, table, **facts):
                 strata[stratum] += 1
         else:
             np.save(file, rows)
-    with whole_file(f"{stem}.json") as file:
-        json.dump({**facts, "files": {path.name: digest(path)}}, file, indent=1)
+    with s1.atomic_file(f"{stem}.json") as file:
+        json.dump({**facts, "files": {path.name: s1.digest(path)}}, file, indent=1)
     return path, strata
 
 
@@ -312,8 +288,6 @@ def write_shards(folder, out, data, keys, rows, per_shard=10000):
 
     Members keep their bytes and keys. rows (n,) are used where keys is None (ratings in a .npy).
     """
-    sys.path.insert(0, str(Path(__file__).parent))         # PYTHONSAFEPATH leaves it out
-    s1 = importlib.import_module("01_proxy")               # only here: brings torch with it
     settings, _ = s1.load_proxy(out)
     data = data or settings.data
     if data == "toy":
@@ -337,7 +311,6 @@ def write_shards(folder, out, data, keys, rows, per_shard=10000):
 
 def write_shard(file, pairs):
     """One tar of all these pairs; returns their number."""
-    s1 = importlib.import_module("01_proxy")
     with (s1.atomic_file(file, "wb") as whole,
           tarfile.open(fileobj=whole, mode="w") as tar):
         for row in range(len(pairs)):
@@ -366,10 +339,8 @@ def draw_figure(path, n, w, args):
     axis.plot(100 * fine, p * n / 40, "-" if drawn else "--", color="#D55E00",
               label="p of eq. 11, scaled" if drawn else "p of eq. 11 (not used)")
     axis.set(xlabel="percentile (0 = highest rating)", ylabel="pairs")
-    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=3, frameon=False)
-    with whole_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    s1.legend_above(axis, 3)
+    s1.save_figure(figure, path)
 
 
 # ---- the stage -------------------------------------------------------------------------------
@@ -426,7 +397,7 @@ def main(args):
     rows = real[rows]
     file, strata = write_selection(
         stem, rows, table, written_by="04_select.py", data=record.get("data"),
-        made_from={**record.get("made_from", {}), args.ratings.name: digest(args.ratings)})
+        made_from={**record.get("made_from", {}), args.ratings.name: s1.digest(args.ratings)})
     draw_figure(f"{stem}.png", len(real), w, args)
     print(f"wrote {file}, .json, .png: {len(rows)} of {len(real)} pairs{compose(strata)}")
     if 1 < args.keep <= 100 < len(real):

@@ -315,9 +315,8 @@ def colour_of(arm):
     """Black for full data, grey for random, blue for eq. 6, orange for eq. 9, green for others."""
     if arm.file or arm.rank_by not in ("rating", "instance"):
         return "#009E73"
-    if not arm.ratings:
-        return "black" if arm.keep == 1 else "0.6"
-    return "#0072B2" if arm.ratings == EQ6 else "#D55E00"
+    return {"": "black" if arm.keep == 1 else "0.6", EQ6: "#0072B2", EQ9: "#D55E00"}.get(
+        arm.ratings, "#009E73")
 
 
 def draw_results(path, results, arms):

@@ -45,6 +45,7 @@ s1, s2, s3, s4, s5 = STAGES
 draw_toy, interval, METRICS = s1.draw_toy, s5.interval, s5.METRICS
 RATING, LOSS, DIFFERENCE = (([*s3.NUMBERS, *s3.BASELINES]).index(name)
                             for name in ("rating", "loss", "difference"))
+HEURISTICS = ("clarity", "frequency", "edges")
 SELECTIONS = {             # name: signal of the rater, rule, retention
     "full": ("", "random", 1.0), "random 50%": ("", "random", 0.5),
     "random 20%": ("", "random", 0.2), "eq. 6, Top-K 50%": ("difference", "topk", 0.5),
@@ -53,14 +54,59 @@ SELECTIONS = {             # name: signal of the rater, rule, retention
     "eq. 9, Shift-Gsample 20%": ("loss", "shift-gsample", 0.2)}
 
 
+# ---- the paper's heuristics of pictures, as ratings ------------------------------------------
+def otsu_threshold(values, bins=64):
+    """Threshold (B, 1) that splits values (B, P) into two classes, farthest apart (Otsu 1979)."""
+    top = values.amax(1, keepdim=True).clamp_min(1e-12)
+    place = (values / top * (bins - 1)).long()                                # (B, P)
+    share = torch.zeros(len(values), bins, device=values.device).scatter_add_(
+        1, place, torch.full_like(values, 1 / values.shape[1]))               # (B, bins)
+    below, mass = share.cumsum(1), (share * torch.arange(bins, device=values.device)).cumsum(1)
+    between = (mass[:, -1:] * below - mass).square() / (below * (1 - below)).clamp_min(1e-6)
+    return top * (between.argmax(1, keepdim=True) + 1) / (bins - 1)
+
+
+def heuristics(x):
+    """clarity, frequency, edges (B, 3) of pictures (B, 3, H, W), without caption or network.
+
+    Variance of the Laplacian; energy above a quarter of the sampling rate; share of pixels whose
+    Sobel gradient is above Otsu's threshold. High is rated high.
+    """
+    grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")     # (B, 1, H+2, W+2)
+    laplace = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])
+    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    kernels = torch.stack([laplace, sobel, sobel.T])[:, None].to(x.device)
+    curve, dx, dy = F.conv2d(grey, kernels).flatten(2).unbind(1)              # (B, H W) each
+    slope = torch.hypot(dx, dy)
+    rate = torch.fft.fftfreq(x.shape[-1], device=x.device)
+    high = torch.hypot(rate[:, None], rate) > 0.25                            # (H, W)
+    energy = torch.fft.fft2(x.mean(1)).abs().square()[:, high].mean(1)
+    edges = (slope >= otsu_threshold(slope)).float().mean(1)
+    return torch.stack([curve.var(1), energy, edges], 1)
+
+
+@torch.no_grad()
+def write_heuristics(out):
+    """OUT/ratings-NAME.csv for each of HEURISTICS, over the training pairs of OUT/proxy.pt."""
+    pairs = s1.load_data(s1.load_proxy(out)[0], torch.device("cpu"))[0]
+    columns = torch.cat([heuristics(part.batch(np.arange(len(part)))[0]) for _, part in
+                         pairs.parts(np.array_split(np.arange(len(pairs)), len(pairs) // 512 + 1))])
+    for name, column in zip(HEURISTICS, columns.T.tolist()):
+        s1.write_csv(Path(out) / f"ratings-{name}.csv", ["key", "rating", "stratum"],
+                     zip(pairs.keys, (f"{v:.6g}" for v in column), pairs.strata))
+
+
 # ---- stage 5 with the arms of the paper's tables ---------------------------------------------
 FULL, HALF, FIFTH = s5.ARMS[:3]
 TABLES = {
     "main": [FULL, HALF, FIFTH,                            # Table 1
              *(ruled(signal, rule, keep) for signal in ("eq. 6", "eq. 9") for keep in (0.5, 0.2)
                for rule in RULES),
-             *(s5.Arm(f"{name}, Top-K 50%", s5.EQ6, "topk", 0.5, rank_by=name)
-               for name in (*s3.BASELINES, "rating,gain", "rating,contrast"))],
+             *(s5.Arm(f"{name}, Top-K 50%", stem, "topk", 0.5, rank_by=rank_by)
+               for stem, rank_by, name in (
+                   *((s5.EQ6, name, name) for name in s3.BASELINES),
+                   *((f"ratings-{name}", "rating", name) for name in HEURISTICS),
+                   *((s5.EQ6, name, name) for name in ("rating,gain", "rating,contrast"))))],
     "group": [FULL, HALF,                                  # Table 4
               *(ruled(signal, rule, 0.5, rank_by, note)
                 for signal, rule in (("eq. 6", "Top-K"), ("eq. 6", "Gsample"),
@@ -73,7 +119,12 @@ TABLES = {
 
 def compare_arms(name, argv):
     """Stage 5 on the arms of one table, into OUT/results-NAME; argv: options of stage 5."""
-    stage = functools.partial(s5.main, arms=TABLES[name], name=f"results-{name}")
+    def stage(args, device):
+        if name == "main":
+            write_heuristics(args.out)
+            s1.from_first(None)                            # the others wait for its files
+        s5.main(args, device, arms=TABLES[name], name=f"results-{name}")
+
     s1.launch(stage, s5.parse_args(argv))
 
 
