@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from conftest import launch, run
+from conftest import launch
 
 
 def test_rows_are_sorted_stably(stage):
@@ -78,16 +78,16 @@ def write(path, rows):
     path.write_text("key,rating,loss,difference,stratum\n" + "\n".join(rows) + "\n")
 
 
-def test_rankings_and_key_files(tmp_path):
+def test_rankings_and_key_files(stage, tmp_path):
     write(tmp_path / "ratings.csv", ['"a,1",3,1,9,x', "b,2,2,8,x", "c,1,3,7,y", "d,0,4,6,y"])
     for rank_by, first in (("rating", "a,1"), ("loss", "a,1"), ("difference", "d")):
-        done = run(f"04_select.py --out {tmp_path} --method topk --keep 0.25 --rank-by {rank_by}")
+        launch(stage, 4, ["--out", str(tmp_path), "--keep", "0.25", "--method", "topk",
+                          "--rank-by", rank_by])
         by = "" if rank_by == "rating" else f"-by-{rank_by}"
         lines = (tmp_path / f"selected{by}-topk-0.25.csv").read_text().split("\n")
         assert lines[1].strip('"\r') == first
     np.save(tmp_path / "r.npy", np.arange(10.0))
-    done = run(f"04_select.py --out {tmp_path} --ratings {tmp_path}/r.npy --method topk --keep 2")
-    assert done.returncode == 0, done.stderr
+    launch(stage, 4, ["--out", str(tmp_path), "--ratings", f"{tmp_path}/r.npy", "--keep", "2"])
     assert np.load(tmp_path / "selected-r-topk-2.npy").tolist() == [8, 9]
 
 
@@ -169,10 +169,11 @@ def test_ratings_of_another_origin_are_taken_as_high_is_good(stage, tmp_path, ca
     (["b,1,1,1,x", "a,nan,1,1,x"], "not a number in row 2"),
     (["a,1,1,1,x", "b,2,1,1,x", "a,3,1,1,x"], "key a stands there more than once, again in row 3"),
     (["a,1,1,1,x", "b,low,1,1,x"], "low"), (["a"], "ratings.csv"), ([], "no line follows")])
-def test_bad_ratings_are_refused_by_name(tmp_path, rows, message):
+def test_bad_ratings_are_refused_by_name(stage, tmp_path, rows, message):
     write(tmp_path / "ratings.csv", rows)
-    done = run(f"04_select.py --out {tmp_path}")
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(SystemExit, match=message) as stop:
+        launch(stage, 4, ["--out", str(tmp_path)])
+    assert "\n" not in str(stop.value)
 
 
 GOOD = "key,rating\na,1\nb,3\nc,2\n"

@@ -122,6 +122,7 @@ def test_the_column_key_counts_wherever_it_stands(stage, tmp_path):
     assert stage(5).choose_rows(arm, pairs, "", 0).tolist() == [7, 3]
 
 
+@pytest.mark.slow
 def test_each_ratings_file_is_read_once(stage, chain, tmp_path, monkeypatch, capsys):
     """By 10 arms under two seeds; and the cost of the comparison is said before it."""
     read, files = stage(4).np.loadtxt, []

@@ -82,7 +82,7 @@ GIVEN = ("proxy.pt", "rater.pt", "ratings.csv", "ratings-loss.csv")
 
 
 @pytest.mark.parametrize("stage_file", [
-    pytest.param(file, marks=[pytest.mark.slow] * (file[:2] != "01")) for file in KILLED])
+    pytest.param(file, marks=pytest.mark.slow) for file in KILLED])
 def test_killed_at_random_moments_and_continued_is_bit_identical(chain, tmp_path, stage_file):
     """SIGKILL inside a step, and in the middle of a save; then the plain command finishes."""
     rng, (given, results, places) = np.random.default_rng(len(stage_file)), KILLED[stage_file]

@@ -260,6 +260,7 @@ def test_stage_3_says_which_dirt_is_found_and_whether_trusted_pairs_stand_out(st
     assert "trusted pairs are not rated above the corpus: 0.50" in text and "found" not in text
 
 
+@pytest.mark.slow
 def test_ratings_do_not_depend_on_the_marks(stage, tmp_path, monkeypatch):
     """The whole of stages 1 to 3 under shuffled marks gives the ratings of the true ones."""
     write_fashion(tmp_path)

@@ -104,6 +104,7 @@ def test_new_shards_hold_the_selected_pairs_byte_for_byte(stage, tars, tmp_path)
     assert stage(1).open_pairs(tmp_path / "rows", 16, 8).name(range(7)) == pairs.keys[-7:]
 
 
+@pytest.mark.slow
 def test_train_the_rater_on_a_sample_rate_everything_take_home_the_half(stage, tars, tmp_path,
                                                                         monkeypatch):
     """The line of own.md, on three tars of which the first is the sample."""
