@@ -65,6 +65,7 @@ from torchvision import datasets
 from torchvision.transforms import functional as image_ops
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False             # a $ in a name is a $
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
 try:
@@ -126,8 +127,9 @@ class DiT(nn.Module):
 
     def __init__(self, size, patch, width, depth, words):
         super().__init__()
-        if size % patch or width % 4:
-            raise SystemExit(f"--size {size} must divide by --patch {patch}, --width {width} by 4")
+        if size < 4 or size % patch or width % 4:
+            raise SystemExit(f"--size {size} must be 4 or more and divide by --patch {patch}, "
+                             f"--width {width} by 4")
         self.patch, self.words = patch, words
         heads = next(n for n in range(max(4, width // 64), 0, -1) if width % n == 0)
         self.to_patch = nn.Linear(3 * patch ** 2, width)
@@ -360,6 +362,8 @@ def plant_pairs(pairs, planted, seed):
         return wrong
 
     plant(images, captions, kind, rng, misname)
+    print0("planted: " + ", ".join(f"{name} {(kind == k).sum()}" for k, name in
+                                   enumerate(PLANTED, 1) if name in planted))
     names = ["", *PLANTED.values()]
     return Pairs(torch.from_numpy(images), tokenize(captions, pairs.tokens.shape[1]), pairs.keys,
                  list(captions), [names[k] or old for k, old in zip(kind, pairs.strata)])
@@ -418,7 +422,7 @@ def parse_args(argv=None):
     parser.add_argument("--pairs", type=count, help="take so many training pairs, not all")
     args = parse(parser, argv, steps=12, batch_size=16)
     read_plant(args.plant)
-    args.root = os.path.abspath(args.root)                 # later stages may run elsewhere
+    args.root = os.path.abspath(os.path.expanduser(args.root))   # later stages may run elsewhere
     return args
 
 
@@ -443,10 +447,14 @@ def load_data(args, device):
                    "the corpus can only ask eq. 6 for more of the same; give it pairs you trust.")
         if args.pairs:
             corpus = corpus.take(np.sort(np.argsort(corpus.hashes())[:args.pairs]))
-        args.data, args.val = (path and os.path.abspath(path) for path in (args.data, args.val))
-        splits = [keep_resident(corpus, Machine.memory), keep_resident(val), keep_resident(test)]
+        args.data, args.val = (path and os.path.abspath(os.path.expanduser(path))
+                               for path in (args.data, args.val))
+        splits = [corpus, val, test]
     splits = dict(zip(("train", "val", "test"), splits))
-    compare_corpus(args, **splits)
+    compare_corpus(args, train=splits["train"])            # of the index: the same for any --memory
+    splits = {name: keep_resident(pairs, Machine.memory if name == "train" else np.inf)
+              for name, pairs in splits.items()}
+    compare_corpus(args, val=splits["val"], test=splits["test"])
     name_shared(*splits.values())
     if args.plant:
         if not isinstance(splits["train"], Pairs):
@@ -456,7 +464,7 @@ def load_data(args, device):
     for name, pairs in splits.items():
         if len(pairs) < args.batch_size:
             raise SystemExit(f"the {name} split has {len(pairs)} readable pairs, fewer than "
-                             f"--batch-size {args.batch_size}: lower it or add pairs")
+                             f"--batch-size {args.batch_size}: add pairs, or lower it")
     print0("pairs: " + ", ".join(f"{len(pairs)} {name}" for name, pairs in splits.items()))
     return [pairs.to(device) for pairs in splits.values()]
 
@@ -498,7 +506,8 @@ def main(args, device):
 
 def draw_figure(path, proxy, losses, test, seed, verdict):
     """The loss, smoothed over 25 steps, and what the warm proxy draws for eight captions."""
-    x, c = test.batch(np.arange(8))
+    rows = np.arange(8) % len(test)
+    x, c = test.batch(rows)
     eps = torch.randn(x.shape, generator=seeded(x.device, seed, "figure"), device=x.device)
     figure, axes = plt.subplot_mosaic("L0123;L4567", figsize=(10, 4), layout="constrained",
                                       width_ratios=[3, 1, 1, 1, 1])
@@ -507,7 +516,7 @@ def draw_figure(path, proxy, losses, test, seed, verdict):
     left.plot(np.arange(len(smooth)) + window, smooth, color="black")
     left.set(xlabel="warm-up step", ylabel="loss of the reference proxy", ylim=(0, None))
     left.set_title(verdict.split(":")[0], fontsize=9)
-    show_pictures(list(axes.values()), sample(proxy, c, eps), test.captions[:8])
+    show_pictures(list(axes.values()), sample(proxy, c, eps), test.take(rows).captions)
     save_figure(figure, path)
 
 
@@ -791,9 +800,10 @@ def open_pairs(path, size, words, out=None):
         raise SystemExit(f"{path} is --out as well: results are no pairs, name another --out")
     else:
         named = [(os.path.relpath(file, base).replace(os.sep, "/"), file) for file in files]
-        sources = index_tables(files, base, skipped) or [      # or images with .txt beside them
-            (base, key, {kind: file for kind, (_, file) in pair.items()})
-            for key, pair in find_pairs(named, "", skipped)]
+        sources = index_tables(files, base, skipped)
+        if sources is None:                                # images with .txt beside them
+            sources = [(base, key, {kind: file for kind, (_, file) in pair.items()})
+                       for key, pair in find_pairs(named, "", skipped)]
         entries = np.array([(k, 0, 0, hash_key(key)) for k, (_, key, _) in enumerate(sources)],
                            ENTRY)
     pairs = Shards(sources, entries, size, words)
@@ -888,7 +898,8 @@ def index_shard(tar_path, source=0):
         numbers, spans = zip(*sorted(pair.values()))
         start, end = spans[0][0], spans[-1][1]
         reason = ("cut off at the end of a shard" if end > size else
-                  "files of a key are apart in a tar, sort it as tar --sort=name does"
+                  "files of a key are apart in a tar: sort it as tar --sort=name does, without "
+                  "dots in names"
                   if numbers[-1] - numbers[0] >= len(numbers) else "")
         if reason:
             skipped[reason, f"{tar_path}: {key}"] = 1
@@ -966,8 +977,11 @@ def refuse(name, where):
 
 
 def index_tables(files, base, skipped):
-    """Sources of metadata.csv and .jsonl: `file_name` and `text`, `caption` or `prompt`."""
+    """Sources of metadata.csv and .jsonl: `file_name` and `text`, `caption` or `prompt`; or None
+    where there is no table."""
     tables = [file for file in files if os.path.basename(file).lower() in TABLES]
+    if not tables:
+        return None
     sources = []
     for table in tables:
         rows, folder = list(read_rows(table)), os.path.dirname(table)
@@ -991,7 +1005,7 @@ def index_tables(files, base, skipped):
                     ".txt": text.encode() for text in texts[:1]}))
     named = {os.path.abspath(file) for file in [*tables, *(file for file, _, _ in sources)]}
     skipped |= {("file that no table names", file): 1 for file in files
-                if tables and os.path.abspath(file) not in named}
+                if os.path.abspath(file) not in named}
     return sources
 
 
@@ -1007,7 +1021,8 @@ def read_rows(table):
         row, line = [], first
         for last in range(first + 1, min(first + 50, len(lines)) + 1):
             with contextlib.suppress(csv.Error):
-                row = next(csv.reader(["\n".join(lines[first:last])], strict=True))
+                row = next(csv.reader(["\n".join(lines[first:last])], strict=True,
+                                      skipinitialspace=True))
                 break
         first = last if len(row) == len(columns or row) else first + 1
         if columns and lines[line].strip():
@@ -1082,8 +1097,11 @@ def open_image(data, side=None):
     image.load()
     with contextlib.suppress(Exception):                  # broken EXIF: the pixels are sound
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):                        # 16 bit: keep the upper eight
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    if image.mode[0] in "IF":                             # of shares, or of 8, 12 or 16 bits
+        values = np.asarray(image, float).clip(0)
+        levels = next((n for n in (256, 4096, 65536) if values.max() < n), values.max())
+        scale = 255 if values.max() <= 1 else 256 / levels
+        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -1463,7 +1481,7 @@ def show_pictures(axes, images, captions, letters=16):
     for axis, image, caption in zip(np.ravel(axes), images.cpu(), captions):
         axis.imshow((image.permute(1, 2, 0).numpy() + 1) / 2)
         title = textwrap.fill(textwrap.shorten(caption[:500], 3 * letters), letters)
-        axis.set_title(title, fontsize=7, parse_math=False)
+        axis.set_title(title, fontsize=7)
         axis.axis("off")
 
 
@@ -1513,9 +1531,10 @@ def read_plant(text):
     """'captions=0.1,noise=0.05' -> {kind of PLANTED: share}."""
     pairs = [part.partition("=") for part in text.split(",") if part]
     planted = {name: float(share) for name, _, share in pairs if re.fullmatch(r"0?\.\d+", share)}
-    if len(pairs) != len(planted) or not set(planted) <= set(PLANTED) or sum(planted.values()) >= 1:
-        raise SystemExit(f"--plant {text}: name kinds of {', '.join(PLANTED)} and shares below 1 "
-                         "together, as in --plant captions=0.1,noise=0.05")
+    if (len(pairs) != len(planted) or not set(planted) <= set(PLANTED)
+            or sum(planted.values()) > 0.99):
+        raise SystemExit(f"--plant {text}: name kinds of {', '.join(PLANTED)} and shares of 0.99 "
+                         "at most together, as in --plant captions=0.1,noise=0.05")
     return planted
 
 

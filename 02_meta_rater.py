@@ -252,11 +252,11 @@ def warn_of_collapse(ess, W_batch, logit_std):
 def judge_following(follows):
     """The verdict on `follow` over the run: does the rater learn, and is it still learning?"""
     half = follows[(len(follows) - 1) // 2]
-    trend = ("rising from {:.2f} half-way: more --steps would help" if follows[-1] > half + 0.03
-             else "{:.2f} half-way already: more --steps would not help").format(half)
+    trend = ("; rising from {:.2f} half-way: more --steps would help" if follows[-1] > half + 0.03
+             else "; {:.2f} half-way already: more --steps would not help").format(half)
     verdict = s1.say("the rater is {}following its signal", follows[-1], 0, 0.3,
                      "more warm-up or more trusted pairs would help")
-    return f"{verdict}; {trend}"
+    return verdict + (trend if len(follows) > 2 else "")
 
 
 # ---- the stage -------------------------------------------------------------------------------

@@ -166,7 +166,8 @@ def reopen(path, progress):
 
 
 def write_record(stem, **facts):
-    """STEM.npy with the ratings in the order of STEM.csv, and in STEM.json what made them."""
+    """STEM.npy with the ratings in the order of STEM.csv, and in STEM.json what made them. Returns
+    their number."""
     with open(f"{stem}.csv", encoding="utf-8", newline="") as lines:
         place = next(csv.reader(lines)).index("rating")
         ratings = np.loadtxt(lines, np.float32, usecols=place, delimiter=",", quotechar='"',
@@ -177,6 +178,7 @@ def write_record(stem, **facts):
     with s1.atomic_file(f"{stem}.json") as file:
         json.dump({**facts, "files": {Path(name).name: s1.digest(name)
                                       for name in files}}, file, indent=1)
+    return len(ratings)
 
 
 def read_table(path):
@@ -278,19 +280,20 @@ def report(strata, column, name):
         s1.print0(f"AUC over ({name}): " + ", ".join(words))
 
 
-def judge_rating(strata, rating, trusted):
+def judge_rating(strata, rating, trusted, signal):
     """Added: what the rating finds, in words: a line for the trusted pairs (their ratings, (K,))
     and one for every kind of dirt that is known."""
+    eq9 = signal == "loss" and "eq. 9 rates low loss high, whatever is asked for: see eq. 6"
     s1.print0(s1.say(
-        "trusted pairs are {}rated above the corpus", auc(trusted, rating), 0.5, 0.6, "either the "
-        "rating does not know what was asked for, or the corpus is as good as they are: "
+        "trusted pairs are {}rated above the corpus", auc(trusted, rating), 0.5, 0.6, eq9 or
+        "either the rating does not know what was asked for, or the corpus is as good as they are: "
         "01_proxy.py --plant tells which"))
     for stratum, area in areas(strata, rating).items():
         kind = stratum.rpartition("-")[2]
         cure = ("if 01 says that captions are read, the rater has not learnt to: 04_select.py "
                 "--rank-by rating,contrast finds more"
                 if kind == "caption" else "more meta steps, or trusted pairs that differ from it")
-        s1.print0(s1.say(f"{DIRT_NAMES[kind]} are {{}}found", area, 0.5, 0.8, cure))
+        s1.print0(s1.say(f"{DIRT_NAMES[kind]} are {{}}found", area, 0.5, 0.8, eq9 or cure))
 
 
 def print_bands(strata, percentile):
@@ -404,7 +407,7 @@ def load_nets(args, settings, device):
 def name_data(data):
     """'shards/train-*.tar' -> '-of-shards-train': what is told apart by --data, no file name."""
     words = re.findall(r"\w+", (data or "").removesuffix(".tar"))
-    return f"-of-{'-'.join(words)[-80:]}" if words else ""
+    return f"-of-{'-'.join(words)[-80:] or 'here'}" if data else ""
 
 
 def main(args, device):
@@ -414,6 +417,8 @@ def main(args, device):
     if args.data:
         pairs = s1.keep_resident(s1.open_pairs(
             args.data, settings.size, settings.words, args.out), s1.Machine.memory).to(device)
+        if len(pairs) < BANDS:
+            raise SystemExit(f"{args.data} has {len(pairs)} readable pairs: {BANDS} are needed")
     if args.baselines:                                     # stage 5's judge has other pairs
         nets["contrast"] = train_contrast(val, 20 if args.smoke else CONTRAST_STEPS, args.seed + 1)
     suffix = s2.suffix(args.signal)
@@ -431,13 +436,13 @@ def main(args, device):
     os.replace(f"{stem}.csv.part", f"{stem}.csv")
     command = (f"03_score.py --signal {args.signal}" + " --baselines" * args.baselines
                + (f" --data {args.data}" if args.data else ""))
-    write_record(stem, written_by=command, made_from=made_from,
-                 data=args.data and os.path.abspath(args.data))
+    rated = write_record(stem, written_by=command, made_from=made_from,
+                         data=args.data and os.path.abspath(os.path.expanduser(args.data)))
     table = read_table(f"{stem}.csv")
     rating, strata = table["rating"], table["stratum"]
     percentile, rows = percentiles(rating), s1.find_rows(pairs, table["key"])
     trusted = rate(nets["rater"], group_size, pairs, test, args.seed)
-    judge_rating(strata, rating, trusted)
+    judge_rating(strata, rating, trusted, args.signal)
     report(strata, rating, "rating")
     for name in BASELINES if args.baselines else []:
         low_is_good = name in ("loss", "difference")
@@ -448,7 +453,7 @@ def main(args, device):
     draw_dynamics(f"{stem}-dynamics.png", settings, snapshots, pairs, rows, percentile,
                   draws=2 if args.smoke else 16)
     progress.finish()
-    print(f"\nwrote {stem}.csv, .npy, .json and three figures: {len(pairs)} pairs in "
+    print(f"\nwrote {stem}.csv, .npy, .json and three figures: {rated} pairs in "
           f"{progress.seconds:.1f} s")
 
 

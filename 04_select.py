@@ -145,6 +145,8 @@ def read_ratings(path, rank_by, hash_key=lambda key: hash(key) & 0xFFFFFFFFFFFFF
         hashes, ratings = zip(*(read_ratings(path, name, hash_key) for name in rank_by.split(",")))
         return hashes[0], join(ratings)
     if is_array(path):
+        if rank_by != "rating":
+            raise SystemExit(f"{path} is one column: --rank-by {rank_by} needs a CSV of stage 3")
         hashes, rating = None, read_array(path, "iuf")
         rating = rating.astype(float) if rating.dtype.kind == "u" else rating
     else:
@@ -220,7 +222,7 @@ def read_keys(path, rows):
 def find_planted(path, n):
     """Which lines (n,) of a CSV of stage 3 are pairs with planted dirt."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data.find(b",planted-") < 0:
+        if data.find(b"planted-") < 0:
             return np.zeros(n, bool)
     lines = read_keys(path, np.arange(n))
     return np.array([stratum.startswith("planted-") for _, stratum in lines])
@@ -244,7 +246,8 @@ def read_record(path, out, say=print):
     """
     try:
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        known = [s1.digest(path.with_name(name)) == value for name, value in record["files"].items()]
+        known = [s1.digest(path.with_name(name)) == value for name, value in record["files"].items()
+                 if name in (path.name, f"{path.stem}.csv")]                  # which has the keys
         made_from, made_by = record["made_from"].items(), record["written_by"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         known = []
@@ -255,7 +258,7 @@ def read_record(path, out, say=print):
         file = Path(out if name == "proxy.pt" else path.parent) / name
         if file.exists() and s1.digest(file) != value:
             raise SystemExit(f"{path} was made from another {file} than is there now: run "
-                             f"{made_by} again")
+                             f"{made_by} again, or name the --out that it came from")
     return record
 
 
@@ -283,18 +286,22 @@ def compose(strata):
     return ": " + ", ".join(shares) if shares else ""
 
 
-def write_shards(folder, out, data, keys, rows, per_shard=10000):
+def write_shards(folder, out, data, keys, rows, rated, per_shard=10000):
     """Copy the selected pairs of `data`, else of out/proxy.pt's --data, into tars of 10,000 pairs.
 
-    Members keep their bytes and keys. rows (n,) are used where keys is None (ratings in a .npy).
+    Members keep their bytes and keys. Where keys is None (ratings in a .npy), rows (n,) stand for
+    them, if `rated` is the number of all pairs.
     """
     settings, _ = s1.load_proxy(out)
     data = data or settings.data
-    if data == "toy":
-        raise SystemExit("--write-shards copies real pairs; the toy pairs are drawn anew each time")
+    if data in ("toy", *s1.DATASETS):
+        raise SystemExit(f"--write-shards copies pairs out of files, not those of --data {data}")
     pairs = s1.open_pairs(data, settings.size, settings.words, out)
     if data == settings.data:
         s1.compare_corpus(settings, data=pairs)
+    if keys is None and rated != len(pairs):
+        raise SystemExit(f"the ratings are of {rated} pairs and {data} has {len(pairs)}: which is "
+                         "which a .npy does not say, so give a CSV of keys")
     rows = rows if keys is None else s1.find_rows(pairs, keys)
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(pairs):
         raise SystemExit(f"{data} does not hold all selected pairs: the ratings are of "
@@ -363,7 +370,7 @@ def parse_args(argv=None):
     args.ratings = args.ratings or Path(args.out) / "ratings.csv"
     if not set(args.rank_by.split(",")) <= set(RANKINGS):
         parser.error(f"--rank-by {args.rank_by}: name one or more of {', '.join(RANKINGS)}")
-    if not (0 <= args.drop < 1 and 0 <= args.mean <= 1 and 0 < args.std <= 1 and args.seed >= 0
+    if not (0 <= args.drop < 1 and 0 <= args.mean <= 1 and 1e-6 <= args.std <= 1 and args.seed >= 0
             and 0 < args.keep < np.inf and (args.keep <= 1 or args.keep % 1 == 0)):
         parser.error("--drop, --mean and --std are shares from 0 to 1 (50 per cent is 0.5), --keep "
                      "is a share above 0 or a whole number of pairs, --seed is not negative")
@@ -373,6 +380,9 @@ def parse_args(argv=None):
 def main(args):
     if not args.ratings.exists():
         raise SystemExit(f"{args.ratings} is missing: run 03_score.py first")
+    if args.write_shards and any(Path(args.write_shards).glob("*.tar")):
+        raise SystemExit(f"--write-shards {args.write_shards} holds tars already, which would be "
+                         "overwritten or read with the new ones: name another folder")
     record = read_record(args.ratings, args.out)
     suited, why = advise(record.get("written_by", ""), args.rank_by)
     args.method, asked = args.method or suited, args.method
@@ -406,7 +416,7 @@ def main(args):
         print(f"{len(rating) - len(real)} pairs with planted dirt are left out of the ranking")
     if args.write_shards:
         keys = (key for key, _ in read_keys(table, rows)) if table else None
-        write_shards(args.write_shards, args.out, record.get("data"), keys, rows)
+        write_shards(args.write_shards, args.out, record.get("data"), keys, rows, len(rating))
 
 
 if __name__ == "__main__":

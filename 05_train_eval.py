@@ -122,7 +122,7 @@ def list_arms(args, pairs, arms=ARMS):
                 raise SystemExit(f"{file} is missing: 04_select.py writes selections and names "
                                  "them")
         stems = [Path(file).stem for file in args.selected]
-        names = [stem if stems.count(stem) == 1 and not re.match("full$|random ", stem)
+        names = [stem if stems.count(stem) == 1 and not re.match("(full|real)$|random ", stem)
                  else str(Path(file).resolve()) for stem, file in zip(stems, args.selected)]
         if len(set(names)) < len(names):
             raise SystemExit("--selected names a file twice")
@@ -136,8 +136,9 @@ def list_arms(args, pairs, arms=ARMS):
         if not file or set(arm.rank_by.split(",")) <= set(header.strip().split(",")):
             found.append(arm)
         else:
-            s1.print0(f"{arm.name} is left out: {file} has no column {arm.rank_by} (run "
-                      "03_score.py, for rankings without a rater with --baselines)")
+            how = "--signal loss" if arm.ratings == EQ9 else "--baselines"
+            s1.print0(f"{arm.name} is left out: {file} is missing or has no column {arm.rank_by} "
+                      f"(03_score.py {how} writes it)")
     return found
 
 
@@ -349,10 +350,11 @@ def draw_results(path, results, arms):
 
 def draw_samples(path, samples, test):
     """Eight captions: the real image, then what each arm draws for it from the same noise."""
-    rows = {"real": test.batch(np.arange(8))[0].cpu(), **samples}
-    figure, axes = plt.subplots(len(rows), 8, figsize=(10, 1.05 * len(rows) + 0.8))
+    columns = min(8, len(test))
+    rows = {"real": test.batch(np.arange(columns))[0].cpu(), **samples}
+    figure, axes = plt.subplots(len(rows), columns, figsize=(10, 1.05 * len(rows) + 0.8))
     for k, (row, (name, images)) in enumerate(zip(axes, rows.items())):
-        s1.show_pictures(row, images, test.captions[:8] if k == 0 else [""] * 8)
+        s1.show_pictures(row, images, test.captions[:columns] if k == 0 else [""] * columns)
         row[0].text(-0.15, 0.5, name, ha="right", va="center", transform=row[0].transAxes)
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
     s1.save_figure(figure, path)

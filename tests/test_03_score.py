@@ -1,9 +1,12 @@
 """Stage 3: a pair's score belongs to the pair."""
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+
+from conftest import launch, write_pictures
 
 
 @pytest.fixture()
@@ -106,6 +109,19 @@ def test_baselines_are_the_losses_of_the_two_proxies(stage, rated):
     assert difference.abs().max() == 0 and loss.min() > 0
     assert none.abs().max() == 0 and gain.abs().max() > 1e-4           # what the caption is worth
     assert torch.allclose(gain, without - loss, atol=1e-5)
+
+
+def test_other_data_get_a_name_of_their_own(stage):
+    assert [stage(3).name_data(data) for data in (None, "shards/train-*.tar", ".", "../")] == [
+        "", "-of-shards-train", "-of-here", "-of-here"]
+
+
+def test_too_few_pairs_to_rate_are_said_first(stage, chain, tmp_path):
+    out = shutil.copytree(chain, tmp_path / "out")
+    write_pictures(stage, tmp_path / "five", 5)
+    with pytest.raises(SystemExit, match="five has 5 readable pairs: 10 are needed"):
+        launch(stage, 3, ["--smoke", "--out", str(out), "--data", f"{tmp_path}/five"])
+    assert not list(out.glob("*five*"))
 
 
 def test_percentiles_and_auc(stage):

@@ -165,6 +165,42 @@ def test_ratings_of_another_origin_are_taken_as_high_is_good(stage, tmp_path, ca
     assert (tmp_path / "selected-topk-2.csv").read_text().split() == ["key", "18", "19"]
 
 
+def test_a_npy_is_one_column_and_no_other_ranking(stage, tmp_path):
+    np.save(tmp_path / "r.npy", np.arange(10.0))
+    for rank_by in ("contrast", "loss", "rating,loss"):
+        with pytest.raises(SystemExit, match="r.npy is one column: --rank-by .* needs a CSV"):
+            launch(stage, 4, ["--out", str(tmp_path), "--ratings", f"{tmp_path}/r.npy",
+                              "--rank-by", rank_by])
+
+
+def test_planted_pairs_are_found_in_a_table_saved_anew(stage, tmp_path):
+    """By a program that quotes all, or puts the stratum first."""
+    with open(tmp_path / "r.csv", "w", newline="") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+        writer.writerows([("stratum", "key", "rating"), ("planted-noise", "a", 1), ("x", "b", 2)])
+    assert stage(4).find_planted(tmp_path / "r.csv", 2).tolist() == [True, False]
+
+
+def test_ratings_moved_without_their_npy_keep_their_record(stage, chain, tmp_path, capsys):
+    for name in ("ratings-loss.csv", "ratings-loss.json"):
+        shutil.copy(chain / name, tmp_path)
+    launch(stage, 4, ["--out", str(tmp_path), "--ratings", f"{tmp_path}/ratings-loss.csv"])
+    assert "--method shift-gsample, the default here" in capsys.readouterr().out
+    shutil.copy(chain / "ratings-loss.npy", tmp_path)      # whose keys are in the CSV
+    (tmp_path / "ratings-loss.csv").write_text("key,rating\na,1\n")
+    launch(stage, 4, ["--out", str(tmp_path), "--ratings", f"{tmp_path}/ratings-loss.npy"])
+    assert "carries no record" in capsys.readouterr().out
+
+
+def test_new_shards_overwrite_none(stage, tmp_path):
+    write(tmp_path / "ratings.csv", ["a,1,1,1,x", "b,2,1,1,x"])
+    (tmp_path / "000000.tar").write_bytes(b"mine")
+    with pytest.raises(SystemExit, match="holds tars already.*name another folder"):
+        launch(stage, 4, ["--out", str(tmp_path), "--write-shards", str(tmp_path)])
+    assert (tmp_path / "000000.tar").read_bytes() == b"mine"
+    assert not list(tmp_path.glob("selected*"))
+
+
 @pytest.mark.parametrize("rows,message", [
     (["b,1,1,1,x", "a,nan,1,1,x"], "not a number in row 2"),
     (["a,1,1,1,x", "b,2,1,1,x", "a,3,1,1,x"], "key a stands there more than once, again in row 3"),

@@ -79,12 +79,12 @@ def test_selections_of_one_name_are_two_arms(stage, tmp_path):
     pairs = stage(1).draw_toy(256, 16, 0, "train")
     files = [keep_few(tmp_path / "A"), keep_few(tmp_path / "B", keys=range(9, 41)),
              keep_few(tmp_path / "C", "full.csv"), keep_few(tmp_path / "C", "random 32.csv"),
-             keep_few(tmp_path / "C", "mine.csv")]
+             keep_few(tmp_path / "C", "real.csv"), keep_few(tmp_path / "C", "mine.csv")]
     args = stage(5).parse_args(["--selected", *map(str, files)])
     arms = stage(5).list_arms(args, pairs)
     names = [arm.name for arm in arms]
     assert names == ["full", "random 32", *map(str, files[:-1]), "mine"]
-    assert [len(stage(5).choose_rows(arm, pairs, "", 0)) for arm in arms] == [256] + [32] * 6
+    assert [len(stage(5).choose_rows(arm, pairs, "", 0)) for arm in arms] == [256] + [32] * 7
     again = stage(5).parse_args(["--selected", str(files[0]), f"{tmp_path}/B/../A/{files[0].name}"])
     with pytest.raises(SystemExit, match="twice"):
         stage(5).list_arms(again, pairs)
@@ -113,6 +113,23 @@ def test_selections_are_checked_before_anything_is_trained(
     with pytest.raises(SystemExit, match=message) as stop:
         launch(stage, 5, ["--smoke", "--out", str(tmp_path), "--selected", str(good), str(file)])
     assert "\n" not in stop.value.code
+
+
+def test_an_arm_without_its_ratings_is_left_out_with_the_command(stage, tmp_path, capsys):
+    (tmp_path / "ratings.csv").write_text("key,rating\n")
+    arms = [arm for arm in stage(5).ARMS if arm.keep == 0.5]
+    contrast = stage(5).Arm("contrast", "ratings", "topk", 0.5, rank_by="contrast")
+    found = stage(5).list_arms(stage(5).parse_args(["--out", str(tmp_path)]), [], [*arms, contrast])
+    assert [arm.name for arm in found] == [arm.name for arm in arms if arm.ratings != "ratings-loss"]
+    said = capsys.readouterr().out
+    assert "no column rating (03_score.py --signal loss writes it)" in said
+    assert "no column contrast (03_score.py --baselines writes it)" in said
+
+
+def test_a_dollar_in_a_name_is_no_formula(stage, tmp_path):
+    results = [{"arm": "a$b_$", "seed": 0, "held-out": 1.0, "distance": 1.0, "match": 1.0}]
+    stage(5).draw_results(tmp_path / "r.png", results, [stage(5).Arm("a$b_$")])
+    assert (tmp_path / "r.png").exists()
 
 
 def test_the_column_key_counts_wherever_it_stands(stage, tmp_path):

@@ -373,7 +373,7 @@ def test_files_of_a_key_that_are_apart(stage, tmp_path, capsys):
     with pytest.raises(SystemExit, match="no readable pair"):
         read(stage, write_tar(tmp_path / "0.tar", files))
     said = capsys.readouterr().out
-    assert count(said, "files of a key are apart in a tar, sort it as tar --sort=name does") == 4
+    assert count(said, "files of a key are apart in a tar: sort it as tar --sort=name does, without dots in names") == 4
     assert len(read(stage, write(tmp_path / "d", files))) == 4
 
 
@@ -416,6 +416,8 @@ TABLES = {
     "comma without quotes": (NEXT.format("0.jpg,a red, round ball"), REST,
                              {"row that does not fit": 1}),
     "too few, empty lines": (NEXT.format("0.jpg\n\n  \n"), REST, {"row that does not fit": 1}),
+    "quotes behind a blank": (NEXT.format('0.jpg, "a red, round ball"'),
+                              REST | {"0": "a red, round ball"}, {}),
     "an inch": (NEXT.format('0.jpg,a 5" nail'), REST | {"0": 'a 5" nail'}, {}),
     "columns swapped": (NEXT.format("word " * 100 + ",0.jpg"), REST, {"image file missing": 1}),
     "empty, nan": (NEXT.format("0.jpg,\n3.jpg,nan"), REST, {SILENT: 2}),
@@ -491,6 +493,20 @@ def test_metadata_of_a_sound_picture_costs_no_pixels(stage):
             assert image.getpixel((3, 3)) == (255, 0, 0), kind
 
 
+@pytest.mark.parametrize("mode,white,kind", [
+    ("F", 1.0, "TIFF"), ("F", 255.0, "TIFF"), ("I", 1, "TIFF"), ("I", 255, "TIFF"),
+    ("I;16", 4095, "PNG"), ("I;16", 65535, "PNG"), ("I", 2 ** 31 - 1, "TIFF")])
+def test_pictures_of_any_depth_are_neither_black_nor_white(stage, mode, white, kind):
+    """Half black, a quarter grey, a quarter white."""
+    values = np.repeat([0, 0, white / 2, white], 4)[None].repeat(16, 0)
+    dtype = {"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode]
+    data = io.BytesIO()
+    Image.fromarray(values.astype(dtype)).save(data, kind)
+    found = np.asarray(stage(1).open_image(data.getvalue()))[0, ::4, 0]
+    assert found[:2].tolist() == [0, 0] and found[3] >= 254
+    assert 100 < found[2] < 140 or white == 1 and dtype == np.int32           # half of 1 is 0
+
+
 def test_reasons_are_phrases(stage):
     reasons = {stage(1).decode_pair({".png": data, ".txt": b"x"}, 16, {"seen": False}) for data in
                (b"", b"<html>", RED[:50], bomb(), JPEG[:300])}
@@ -541,7 +557,7 @@ def test_new_shards_are_read_back_as_the_same_pairs(stage, tmp_path, monkeypatch
         settings = stage(1).parse_args(["--data", str(place), "--out", str(tmp_path)])
         monkeypatch.setattr(stage(1), "load_proxy", lambda out, settings=settings: (settings, {}))
         new = tmp_path / f"new-{number}"
-        stage(4).write_shards(new, tmp_path, None, keys, None)
+        stage(4).write_shards(new, tmp_path, None, keys, None, 0)
         assert read(stage, new) == read(stage, place) and len(keys) == (5, 6)[number]
         known = {caption: image for image, caption in read(stage, place).values()}
         found = names_by_webdataset(new)
@@ -554,6 +570,13 @@ def test_new_shards_are_read_back_as_the_same_pairs(stage, tmp_path, monkeypatch
                 assert image == known[files["txt"].decode()]
         else:
             assert found["x/0"] == {"jpg": RED, "txt": b"x", "cls": b"7", "seg.png": BLUE}
+
+
+def test_a_table_without_a_usable_row_is_still_the_table(stage, tmp_path, capsys):
+    write(tmp_path, pairs_of("0", "1") | {"metadata.csv": b"file_name,text\nimgs/0.png,x\n"})
+    with pytest.raises(SystemExit, match="no readable pair"):
+        read(stage, tmp_path)
+    assert count(capsys.readouterr().out, "file that no table names") == 4
 
 
 def corpus_of(stage, folder, n, first=0):
@@ -632,6 +655,36 @@ def test_later_stages_refuse_a_corpus_that_changed(stage, tmp_path, capsys):
     for number in (2, 3, 5):
         with pytest.raises(SystemExit, match="changed after 01_proxy.py"):
             launch(stage, number, flags)
+
+
+def test_a_pair_that_cannot_be_read_changes_the_corpus_under_no_memory(stage, tmp_path, capsys):
+    """Nor does `~` mean another folder in a later stage."""
+    data, val = corpus_of(stage, tmp_path / "d", 40), corpus_of(stage, tmp_path / "v", 40, first=48)
+    (data / "0007.png").write_bytes(RED[:50])
+    flags = ["--smoke", "--out", str(tmp_path / "out")]
+    launch(stage, 1, [*flags, "--data", str(data), "--val", str(val), "--batch-size", "8"])
+    for memory in ("0", "2"):
+        launch(stage, 2, [*flags, "--batch-size", "8", "--group-size", "4", "--memory", memory])
+    launch(stage, 3, [*flags, "--memory", "0"])
+    assert "three figures: 39 pairs" in capsys.readouterr().out
+
+
+def test_a_home_folder_is_one_for_every_stage(stage, tmp_path, monkeypatch):
+    corpus_of(stage, tmp_path / "data", 80)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = options(stage, "--data", "~/data", "--root", "~/root")
+    stage(1).load_data(args, "cpu")
+    assert (args.data, args.root) == (str(tmp_path / "data"), str(tmp_path / "root"))
+
+
+def test_fewer_trusted_pairs_than_a_figure_shows(stage, tmp_path):
+    """Ten in both halves of --val; the figures of 01 and 05 have eight columns."""
+    data, val = corpus_of(stage, tmp_path / "d", 40), corpus_of(stage, tmp_path / "v", 10, first=48)
+    flags = ["--smoke", "--out", str(tmp_path / "out"), "--batch-size", "2"]
+    launch(stage, 1, [*flags, "--data", str(data), "--val", str(val)])
+    (tmp_path / "s.csv").write_text("key\n" + "".join(f"{k:04d}\n" for k in range(8)))
+    launch(stage, 5, [*flags, "--seeds", "1", "--selected", str(tmp_path / "s.csv")])
+    assert (tmp_path / "out/results-samples.png").exists()
 
 
 def test_results_are_no_pairs(stage, tmp_path, capsys):

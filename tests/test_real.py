@@ -159,6 +159,14 @@ def write_ratings(path, stratum="planted-noise"):
     path.write_text("\n".join(["key,rating,gain,stratum", *lines]) + "\n")
 
 
+def test_shares_of_dirt_leave_some_pairs_clean(stage, capsys):
+    for text in ("plain=0.7,noise=0.2,captions=0.1", "plain=1.5", "rain=0.1", "plain=0.1,plain=0.2"):
+        with pytest.raises(SystemExit, match="shares of 0.99 at most"):
+            stage(1).read_plant(text)
+    stage(1).plant_pairs(stage(1).draw_toy(120, 16, 0, "val"), {"captions": 0.001, "noise": 0.1}, 0)
+    assert capsys.readouterr().out == "planted: noise 12, captions 0\n"
+
+
 def test_planted_pairs_are_in_no_selection_and_counted(stage, tmp_path, capsys):
     write_ratings(tmp_path / "ratings.csv")
     for method in ("topk", "random", "shift-gsample"):
@@ -243,6 +251,7 @@ def test_following_is_judged_by_its_course(stage):
     assert "more --steps would help" in stage(2).judge_following(rising)
     assert "more --steps would not help" in stage(2).judge_following(flat)
     assert "not following" in stage(2).judge_following(none)
+    assert "more --steps" not in stage(2).judge_following([0.5, 0.6])  # of too few there is none
 
 
 def test_stage_3_says_which_dirt_is_found_and_whether_trusted_pairs_stand_out(stage, capsys):
@@ -250,14 +259,17 @@ def test_stage_3_says_which_dirt_is_found_and_whether_trusted_pairs_stand_out(st
     rng = np.random.default_rng(0)
     rating = np.concatenate([rng.normal(1, 0.2, 50), rng.normal(1, 0.2, 50),
                              rng.normal(-1, 0.2, 50)])
-    stage(3).judge_rating(strata, rating, rng.normal(3, 0.2, 40))
+    stage(3).judge_rating(strata, rating, rng.normal(3, 0.2, 40), "difference")
     text = capsys.readouterr().out
     assert re.search(r"trusted pairs are rated above the corpus: 1\.00", text)
     assert re.search(r"noisy pictures are found: 1\.00", text)
     assert re.search(r"wrong captions are not found: 0\.\d\d .*if 01 says that captions are read", text)
-    stage(3).judge_rating(np.array([""] * 150), rating, rating)
+    stage(3).judge_rating(np.array([""] * 150), rating, rating, "difference")
     text = capsys.readouterr().out
     assert "trusted pairs are not rated above the corpus: 0.50" in text and "found" not in text
+    stage(3).judge_rating(strata, rating, -rating, "loss")             # more steps are no cure
+    text = capsys.readouterr().out
+    assert text.count("eq. 9 rates low loss high") == 2 and "would help" not in text
 
 
 @pytest.mark.slow

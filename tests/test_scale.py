@@ -102,6 +102,10 @@ def test_new_shards_hold_the_selected_pairs_byte_for_byte(stage, tars, tmp_path)
     run(f"04_select.py --method topk --keep 7 --out {out} --ratings {out}/r.npy "
         f"--write-shards {tmp_path}/rows")
     assert stage(1).open_pairs(tmp_path / "rows", 16, 8).name(range(7)) == pairs.keys[-7:]
+    np.save(out / "r.npy", np.arange(1170.0))                  # of the training pairs alone, say
+    with pytest.raises(SystemExit, match="are of 1170 pairs and .* has 1300: .* a CSV of keys"):
+        launch(stage, 4, ["--out", str(out), "--ratings", f"{out}/r.npy", "--write-shards",
+                          f"{tmp_path}/other"])
 
 
 @pytest.mark.slow
