@@ -382,7 +382,7 @@ def main(args):
         raise SystemExit(f"{args.ratings} is missing: run 03_score.py first")
     if args.write_shards and any(Path(args.write_shards).glob("*.tar")):
         raise SystemExit(f"--write-shards {args.write_shards} holds tars already, which would be "
-                         "overwritten or read with the new ones: name another folder")
+                         "overwritten or mixed with the new ones: name another folder")
     record = read_record(args.ratings, args.out)
     suited, why = advise(record.get("written_by", ""), args.rank_by)
     args.method, asked = args.method or suited, args.method
