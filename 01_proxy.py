@@ -449,11 +449,8 @@ def load_data(args, device):
             corpus = corpus.take(np.sort(np.argsort(corpus.hashes())[:args.pairs]))
         args.data, args.val = (path and os.path.abspath(os.path.expanduser(path))
                                for path in (args.data, args.val))
-        splits = [corpus, val, test]
+        splits = [keep_resident(corpus, Machine.memory), keep_resident(val), keep_resident(test)]
     splits = dict(zip(("train", "val", "test"), splits))
-    compare_corpus(args, train=splits["train"])            # of the index: the same for any --memory
-    splits = {name: keep_resident(pairs, Machine.memory if name == "train" else np.inf)
-              for name, pairs in splits.items()}
     compare_corpus(args, val=splits["val"], test=splits["test"])
     name_shared(*splits.values())
     if args.plant:
