@@ -16,7 +16,8 @@ The method reads as far as `main`. What comes after it can be skipped: readers o
 plumbing for all five stages. Of that, these names stand in the method: `Pairs` (pictures, keys,
 and captions that `tokenize` made into numbers), `draw_batches` and `stream` (batch after batch),
 `world` and `rank` (how many processes there are, and which this is), `mine` (its share of a batch;
-with one process, all of it), `average_gradients` (over processes), `seeded` (random numbers by seed
+with one process, all of it), `gather` (the shares of all again), `average_gradients` (over
+processes), `seeded` (random numbers by seed
 and step), `to_device` (a tensor moved to where another is), `Progress` (the log of a loop that may
 be stopped and continued) and `say` (a verdict on a number, in words).
 
@@ -82,7 +83,7 @@ SMOKE_PAIRS = {"train": 256, "val": 64, "test": 64}
 ANYHOW = ("out", "save_every", "micro_batch", "memory", "compile")     # change rounding at most
 HELD_OUT = 20000           # trusted pairs at most, half for eq. 5 and half for stage 5
 DATASETS = ("FashionMNIST", "MNIST", "CIFAR10", "CIFAR100")        # of torchvision
-DATASET_TRUSTED = 1000     # of their training split for eq. 5, of their test split for stage 5
+DATASET_TRUSTED = 1000     # of their training split for eq. 5; twice as many of their test split
 
 
 class Machine:
@@ -195,14 +196,15 @@ def velocity(net, x_t, t, c):
         return net(x_t, t, c).to(x_t.dtype)
 
 
-def draw_noise(x, rng, shift=0.0):
+def draw_noise(x, rng, shift=0.0, whole=False):
     """t (B,), the sigmoid of a normal number plus `shift` (towards noise), and eps like x.
 
     Every NOISE_ROWS rows of the global batch have a seed of their own, and a process draws those
-    that it holds: world size changes nothing.
+    that it holds, all of them where x is the `whole` batch: world size changes nothing.
     """
-    block, offset = divmod(rank() * len(x), NOISE_ROWS)
-    seeds = torch.randint(2 ** 62, (len(x) * world(),), generator=rng, device=rng.device)
+    first, total = (0, len(x)) if whole else (rank() * len(x), world() * len(x))
+    block, offset = divmod(first, NOISE_ROWS)
+    seeds = torch.randint(2 ** 62, (total,), generator=rng, device=rng.device)
     drawn = torch.cat([torch.randn(NOISE_ROWS, 1 + x[0].numel(), device=x.device,
                                    generator=torch.Generator(x.device).manual_seed(seed))
                        for seed in seeds[block:][:-(-(offset + len(x)) // NOISE_ROWS)].tolist()])
@@ -293,14 +295,15 @@ def read_captions(proxy, pairs, seed, draws=8):
     x, c = pairs.batch(np.arange(min(512, len(pairs))))
     rng, gain = seeded(x.device, seed, "captions"), torch.zeros(len(x), device=x.device)
     for _ in range(draws):
-        t, eps = draw_noise(x, rng, T_SHIFT)
+        t, eps = draw_noise(x, rng, T_SHIFT, whole=True)
         gain += flow_loss(proxy, x, c.roll(1, 0), t, eps) - flow_loss(proxy, x, c, t, eps)
     differ = (c != c.roll(1, 0)).any(1)
     return (gain[differ] > 0).float().mean().item()
 
 
 # ---- pairs with known dirt: drawn, or planted in real ones ------------------------------------
-# Strata serve the analysis only: nothing rates or selects by them (a test shuffles them).
+# Strata serve the analysis only: nothing rates by them (a test shuffles them), and selections know
+# what was planted, to leave it out.
 #   informative      45 %   one shape in colour on a background, and the caption says so
 #   plain            30 %   a white field; teaches nothing, lies about nothing, costs steps
 #   chaotic-noise    15 %   noise under a caption that promises a shape
@@ -1171,9 +1174,9 @@ def stream(pairs, batches):
 
 
 def to_device(values, device):
-    """Values as a tensor on `device`; this process does not wait for the copy to a GPU."""
+    """Values as a tensor on `device`; this process does not wait for a batch's copy to a GPU."""
     tensor = torch.as_tensor(values)
-    if torch.device(device).type == "cpu" or tensor.is_cuda:
+    if torch.device(device).type == "cpu" or tensor.is_cuda or tensor.nbytes > 2 ** 26:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
@@ -1247,16 +1250,23 @@ def launch(main, args):
     """Call main(args, device): one process of torchrun's, or alone; --out is its own meanwhile."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")           # the terminal may not have ±
-    cuda = torch.cuda.is_available()
+    cuda, place = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    if args.precision == "auto":
+        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if native else "tf32" if cuda else "fp32"
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if place >= torch.cuda.device_count():
+            raise SystemExit(f"{torch.cuda.device_count()} GPU(s) here: --nproc-per-node asks for "
+                             "more processes than that")
+        torch.cuda.set_device(place)
         torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     if LAUNCHER <= os.environ.keys() and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if getattr(args, "batch_size", 0) % world():
         raise SystemExit(f"--batch-size {args.batch_size} must divide by {world()} processes")
-    Machine.bf16 = cuda if args.precision == "auto" else args.precision == "bf16"
-    Machine.compiled, Machine.fetch_every = args.compile, 10 if cuda else 1
+    Machine.bf16, Machine.compiled = args.precision == "bf16", args.compile
+    Machine.fetch_every = 10 if cuda else 1
     Machine.micro_batch, Machine.memory = getattr(args, "micro_batch", None), args.memory * 1e9
     if cuda:
         print0(f"{torch.cuda.get_device_name()}, forward passes in bf16: {Machine.bf16}")

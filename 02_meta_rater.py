@@ -144,7 +144,7 @@ def meta_step(nets, opts, train, val, rng, args):
     (x, c), (x_val, c_val) = train, val
     W_inst, W_batch = weigh(nets["rater"], x, c, args.group_size)             # (B / G, G or 1)
     W = (W_inst * W_batch).detach()                        # eq. 5 holds mu fixed; sums to W_batch
-    noise = s1.draw_noise(x, rng, s1.T_SHIFT)              # one for both proxies
+    noise = s1.draw_noise(x, rng, s1.T_SHIFT)              # one for both proxies; added: the shift
     noise_val = s1.draw_noise(x_val, rng)
     c, c_val = (s1.drop_captions(words, rng) for words in (c, c_val))         # added
     batch = W.flatten() / len(W), x, c, *noise
@@ -203,7 +203,7 @@ def follow(nets, x, c, args, draws=4):
     logits = nets["rater"].logits(nets["rater"].features(x, c))               # (B,)
     rng, signal = s1.seeded(x.device, args.seed, "follow"), torch.zeros_like(logits)
     for _ in range(draws):
-        t, eps = s1.draw_noise(x, rng, s1.T_SHIFT)
+        t, eps = s1.draw_noise(x, rng, s1.T_SHIFT, whole=True)
         signal += s1.flow_loss(nets["proxy"], x, c, t, eps)
         if args.signal == "difference":
             signal -= s1.flow_loss(nets["ref"], x, c, t, eps)

@@ -5,11 +5,11 @@ belongs to the pair and averages the batch away:
 
     rating_i = logit_i + log(mean of W_batch over 16 groups: pair i and its companions)
 
-which is log W_i up to the softmax's normaliser. The companions are drawn once and for all pairs, so
-that a rating depends on its pair alone: batch-mates, order of work and number of processes change
-nothing. (The released code's ratings are softmaxes over the scoring batch: they depend on
-batch-mates and on file order, and grow in a short last batch.) Ratings are written chunk by chunk:
-memory does not grow with the corpus, and an interrupted run continues.
+which is log W_i up to the softmax's normaliser. The companions are drawn once from the corpus for
+all pairs, so that in it a rating depends on its pair alone: batch-mates, order of work and number
+of processes change nothing. (The released code's ratings are softmaxes over the scoring batch: they
+depend on batch-mates and on file order, and grow in a short last batch.) Ratings are written chunk
+by chunk: memory does not grow with the corpus, and an interrupted run continues.
 
 A rating costs one pass of the small rater. --baselines adds rankings without a rater. Three are
 the mean of 8 draws of t and eps: `loss`, L(theta_hat; x_i) after stage 2; `difference`,
@@ -151,8 +151,9 @@ def score(nets, group_size, pairs, path, seed, progress, with_baselines=False):
             writer.writerows(lines_of_all if s1.rank() == 0 else [])
             file.flush()
             progress.kept["bytes"] = file.tell()
-            progress.advance(torch.tensor([len(lines)], device=companions.device),
-                             after=lambda step: os.fsync(file.fileno()), by=s1.world())
+            progress.advance(torch.tensor([len(lines)]), by=s1.world(),
+                             after=lambda step: os.fsync(file.fileno()))
+        progress.fetch()
 
 
 def reopen(path, progress):
@@ -254,6 +255,8 @@ def train_contrast(pairs, steps, seed, batch_size=128):
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
+    net.load_state_dict(s1.from_first({name: value.cpu()                      # GPUs may differ
+                                       for name, value in net.state_dict().items()}))
     return net.eval().requires_grad_(False)
 
 

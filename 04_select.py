@@ -24,9 +24,10 @@ The paper gives neither n, mu, sigma (here --drop, --mean, --std) nor says how t
 place the bell on what the paper calls informative, its 30 to 80 %. No pair is drawn twice.
 
 Reads    out/ratings.csv, or --ratings with another CSV of stage 3 or a .npy of ratings
-Writes   out/selected-METHOD-KEEP.csv (column key) and .png; for ratings-loss.csv the names begin
-         with selected-loss; for a .npy the selection is a .npy of row numbers.
-         --write-shards DIR: the selected pairs of out/proxy.pt's --data as new tar shards
+Writes   out/selected-METHOD-KEEP.csv (column key), .png and .json (what it was made from); for
+         ratings-loss.csv the names begin with selected-loss; for a .npy that is not of stage 3 the
+         selection is a .npy of row numbers.
+         --write-shards DIR: the selected pairs of the rated --data as new tar shards
 Run      python 04_select.py                                  ratings of eq. 6
          python 04_select.py --ratings out/ratings-loss.csv   ratings of eq. 9
 """

@@ -4,7 +4,7 @@
 
 An arm is a selection: half the pairs take half the steps. All arms of a seed share initial
 weights, evaluation captions and noise, so their differences are paired; a seed also redraws the
-random selections. Measured on clean pairs that no stage trains on:
+random selections. Measured on trusted pairs that neither a proxy nor an arm is trained on:
 
     held-out   mean flow loss under fixed noise
     distance   Frechet distance between features of drawn and of real images
@@ -154,10 +154,12 @@ def foretell(arms, args, settings, pairs):
         raise SystemExit(f"{arms[np.argmin(sizes)].name}: {min(sizes)} pairs are fewer than "
                          "--batch-size")
     steps = {arm.name: count_steps(size, args) for arm, size in zip(arms, sizes)}
-    began, total = time.monotonic(), args.seeds * sum(steps.values())
+    total = args.seeds * sum(steps.values())
     with torch.random.fork_rng(devices=[]):                # what follows draws as if this were not
-        s1.train(s1.build_proxy(settings, pairs.device), pairs, 4, args.batch_size, args.lr,
-                 args.seed)
+        net = s1.build_proxy(settings, pairs.device)
+        for _ in range(2):                                 # in the first round a GPU wakes up
+            began = time.monotonic()
+            s1.train(net, pairs, 4, args.batch_size, args.lr, args.seed)
     minutes = (time.monotonic() - began) / 4 * total / 60
     s1.print0(f"{args.seeds * len(arms)} models, {total:,} steps in all, about {minutes:.0f} "
               "minutes of training; fewer --seeds or --epochs, or some files with --selected, make "
@@ -389,7 +391,7 @@ def main(args, device, arms=ARMS, name="results"):
     settings, _ = s1.load_proxy(args.out)
     pairs, val, test = s1.load_data(settings, device)
     real = [k for k, name in enumerate(pairs.strata) if not name.startswith("planted-")]
-    if args.selected and len(real) < len(pairs):           # as in the selections of stage 4
+    if args.selected and len(real) < len(pairs.strata):    # as in the selections of stage 4
         s1.print0(f"{len(pairs) - len(real)} pairs with planted dirt are in no arm")
         if any(file.lower().endswith(".npy") for file in args.selected):
             raise SystemExit("a .npy does not fit a corpus with planted dirt: use a CSV of keys")
@@ -641,7 +643,7 @@ class StandardJudge:
 
     def __init__(self, args, device):
         torch.backends.cudnn.allow_tf32 = False            # else features differ between GPUs
-        torch.set_float32_matmul_precision("highest")      # (nothing else here needs TF32)
+        torch.set_float32_matmul_precision("highest")      # (the arms train without TF32, too)
         paths = {what: find_weights(what, getattr(args, what)) for what in WEIGHTS}
         self.inception = load_strictly(build_inception(), load_state(paths["inception"]),
                                        paths["inception"]).to(device)
@@ -672,7 +674,7 @@ class StandardJudge:
         large = [F.interpolate(image[None].to(self.device) / 255, (299, 299), mode="bilinear",
                                align_corners=False) for image in images]
         crops = [image_ops.center_crop(image_ops.resize(
-            image_ops.to_pil_image(image.cpu()), self.size, InterpolationMode.BICUBIC), self.size)
+            image_ops.to_pil_image(image), self.size, InterpolationMode.BICUBIC), self.size)
             for image in images]
         crops = torch.stack([image_ops.normalize(image_ops.to_tensor(crop), CLIP_MEAN, CLIP_STD)
                              for crop in crops]).to(self.device)
@@ -683,7 +685,7 @@ class StandardJudge:
 
     def embed_images(self, x):
         """The same for images (B, 3, H, W) in [-1, 1], rounded as a saved file would be."""
-        pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
         parts = [self.embed_pixels(list(part)) for part in pixels.split(50)]
         return torch.cat([f for f, _ in parts]), torch.cat([unit for _, unit in parts])
 

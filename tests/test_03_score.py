@@ -111,6 +111,15 @@ def test_baselines_are_the_losses_of_the_two_proxies(stage, rated):
     assert torch.allclose(gain, without - loss, atol=1e-5)
 
 
+def test_numbers_that_wait_for_a_device_are_fetched_at_the_end(stage, rated, tmp_path, monkeypatch):
+    """Of three chunks, fewer than the ten after which a GPU is asked."""
+    nets, pairs = rated
+    monkeypatch.setattr(stage(1).Machine, "fetch_every", 10)
+    progress = stage(1).Progress()
+    stage(3).score(nets, 8, pairs, tmp_path / "r.csv", 3, progress)
+    assert progress.seconds > 0 and progress.log == [[512], [512], [256]]
+
+
 def test_other_data_get_a_name_of_their_own(stage):
     assert [stage(3).name_data(data) for data in (None, "shards/train-*.tar", ".", "../")] == [
         "", "-of-shards-train", "-of-here", "-of-here"]

@@ -60,14 +60,18 @@ def test_bf16_is_of_the_forward_passes_alone(stage):
 
 
 @pytest.mark.parametrize("flag,cuda,bf16,tf32", [
-    ("auto", False, False, None), ("bf16", False, True, None), ("auto", True, True, "high"),
-    ("tf32", True, False, "high"), ("fp32", True, False, "highest")])
+    ("auto", False, False, None), ("bf16", False, True, None), ("auto", "new", True, "high"),
+    ("auto", "old", False, "high"), ("tf32", "new", False, "high"),
+    ("fp32", "new", False, "highest")])
 def test_precision_on_each_machine(stage, tmp_path, monkeypatch, flag, cuda, bf16, tf32):
-    """bf16 by itself on a GPU alone; TF32 there for the other products, unless fp32 is asked for.
-    The group is made with both backends, after the device is chosen (its GPU is made up here)."""
+    """bf16 by itself on a GPU that has it; TF32 for the other products, convolutions too, unless
+    fp32 is asked for. What `auto` came to is what a continued run has to have. The group is made with both backends, after the device is chosen (its GPU is made up here)."""
     said, seen, made = [], [], []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda == "new")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda k: made.append(f"device {k}"))
     monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
     monkeypatch.setattr(stage(1).dist, "init_process_group", lambda name: made.append(name))
@@ -75,10 +79,22 @@ def test_precision_on_each_machine(stage, tmp_path, monkeypatch, flag, cuda, bf1
                         ("MASTER_PORT", "1"), ("LOCAL_RANK", "3")):
         monkeypatch.setenv(name, value)
     start(stage, tmp_path, lambda args, device: seen.append(
-        (device.type, stage(1).Machine.bf16, stage(1).Machine.fetch_every)), "--precision", flag)
-    assert seen == [("cuda" if cuda else "cpu", bf16, 10 if cuda else 1)]
+        (device.type, stage(1).Machine.bf16, stage(1).Machine.fetch_every, args.precision)),
+        "--precision", flag)
+    resolved = flag if flag != "auto" else "bf16" if bf16 else "tf32" if cuda else "fp32"
+    assert seen == [("cuda" if cuda else "cpu", bf16, 10 if cuda else 1, resolved)]
     assert said == ([tf32] if cuda else [])
+    assert torch.backends.cudnn.allow_tf32 == (flag != "fp32")
     assert made == (["device 3", "cpu:gloo,cuda:nccl"] if cuda else ["gloo"])
+
+
+def test_more_processes_than_gpus_are_one_line(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit, match=r"1 GPU\(s\) here: --nproc-per-node"):
+        start(stage, tmp_path, lambda args, device: None)
 
 
 def test_compiled_blocks_keep_their_names_and_share_one_graph(stage, monkeypatch):

@@ -2,6 +2,7 @@
 import hashlib
 import pickle
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -223,6 +224,25 @@ def test_a_verdict_says_the_number_its_chance_and_below_the_mark_the_cure(stage,
     text = stage(1).say("they are {}found", value, 0.5, 0.8, "look closer")
     assert words in text and ("look closer" in text) == (value < 0.8)
     assert np.isnan(value) or f"{value:.2f} (0.5 is chance)" in text
+
+
+def test_a_dial_does_not_depend_on_the_number_of_processes(stage, monkeypatch):
+    """Every process has the whole batch: under the noise that one alone would draw."""
+    s1, x = stage(1), torch.zeros(40, 3, 4, 4)
+    alone = s1.draw_noise(x, s1.seeded("cpu", 0), s1.T_SHIFT)
+    monkeypatch.setattr(s1, "world", lambda: 2)
+    monkeypatch.setattr(s1, "rank", lambda: 1)
+    both = s1.draw_noise(x, s1.seeded("cpu", 0), s1.T_SHIFT, whole=True)
+    assert all(map(torch.equal, alone, both))
+    asked, draw = [], s1.draw_noise
+    monkeypatch.setattr(s1, "draw_noise", lambda *args, whole=False: (
+        asked.append(whole), draw(*args, whole=whole))[1])
+    pairs, net = s1.draw_toy(16, 4, 0, "val"), lambda x, t, c: x
+    s1.read_captions(net, pairs, 0, draws=1)
+    rater = SimpleNamespace(features=lambda x, c: x, logits=lambda f: f.mean((1, 2, 3)))
+    stage(2).follow({"proxy": net, "ref": net, "rater": rater}, *pairs.batch(range(16)),
+                    stage(2).parse_args([]), draws=1)
+    assert asked == [True, True]
 
 
 @pytest.mark.parametrize("signal", ["difference", "loss"])

@@ -128,6 +128,22 @@ def test_train_the_rater_on_a_sample_rate_everything_take_home_the_half(stage, t
     assert not (tmp_path / "big/ratings.csv").exists()
 
 
+def test_a_selection_of_pairs_on_disk(stage, tars, tmp_path, monkeypatch, capsys):
+    """Whose strata are not known before they are read: no pair is taken for planted dirt."""
+    out = tmp_path / "out"
+    launch(stage, 1, ["--smoke", "--data", str(tars[0]), "--out", str(out)])
+    train = stage(1).load_data(stage(1).load_proxy(out)[0], "cpu")[0]
+    (out / "s.csv").write_text("\n".join(["key", *train.keys[:40]]))
+    np.save(out / "s.npy", np.arange(40))
+    launch(stage, 5, ["--smoke", "--seeds", "1", "--out", str(out), "--memory", "0", "--selected",
+                      f"{out}/s.csv", f"{out}/s.npy"])
+    said = capsys.readouterr().out
+    assert "planted" not in said and "wrote" in said
+    with open(out / "results.csv", newline="") as file:
+        pairs = {row["arm"]: row["pairs"] for row in csv.DictReader(file)}
+    assert list(pairs.values()) == [str(len(train)), "40", "40", "40"]
+
+
 def test_duplicate_keys_are_counted_and_the_first_named(stage, tars, tmp_path, capsys):
     for name in ("a.tar", "b.tar"):
         shutil.copy(tars[0] / "train-0.tar", tmp_path / name)
