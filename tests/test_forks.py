@@ -66,8 +66,8 @@ def test_every_stage_trains_the_adapters_alone(stage, tmp_path, monkeypatch):
         moved.append(sum(any(not torch.equal(value, start[name]) for name, value in
                              split(net)[1].items()) for net in built[first:]))
         assert moved[-1] == len(built) - first, f"stage {number}"
-    assert moved == [1, 2, 3, 0, 4]            # 05: four steps for the time, then three arms
-    assert len(held) == 7 and all(held)
+    assert moved == [1, 2, 3, 0, 4]            # 05: twice four steps for the time, then three arms
+    assert len(held) == 8 and all(held)
     saved = [*torch.load(tmp_path / "proxy.pt", weights_only=True)["snapshots"].values(),
              *(torch.load(tmp_path / "rater.pt", weights_only=True)["weights"][name]
                for name in ("proxy", "ref"))]
