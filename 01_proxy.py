@@ -433,6 +433,7 @@ def load_data(args, device):
     """The splits train, val (for eq. 5) and test (for stage 5) as the options name them."""
     if args.val and args.data in ("toy", *DATASETS):
         raise SystemExit(f"--val goes with files: --data {args.data} has trusted pairs of its own")
+    room = np.inf if args.plant and "corpus" in vars(args) else Machine.memory    # as in stage 1
     if args.data == "toy":
         counts = SMOKE_PAIRS if args.smoke else TOY_PAIRS
         splits = [draw_toy(n, args.size, args.seed, split, args.words) for split, n in
@@ -452,7 +453,7 @@ def load_data(args, device):
             corpus = corpus.take(np.sort(np.argsort(corpus.hashes())[:args.pairs]))
         args.data, args.val = (path and os.path.abspath(os.path.expanduser(path))
                                for path in (args.data, args.val))
-        splits = [keep_resident(corpus, Machine.memory), keep_resident(val), keep_resident(test)]
+        splits = [keep_resident(corpus, room), keep_resident(val), keep_resident(test)]
     splits = dict(zip(("train", "val", "test"), splits))
     compare_corpus(args, val=splits["val"], test=splits["test"])
     name_shared(*splits.values())

@@ -450,6 +450,8 @@ def main(args, device):
     for name in BASELINES if args.baselines else []:
         low_is_good = name in ("loss", "difference")
         report(strata, -table[name] if low_is_good else table[name], f"{name}, no rater")
+    if args.baselines:                                     # as 04_select.py --rank-by joins them
+        report(strata, -percentile - percentiles(table["contrast"]), "rating,contrast")
     print_bands(strata, percentile)
     draw_histogram(f"{stem}.png", rating, percentile, strata, trusted)
     draw_bands(f"{stem}-bands.png", pairs, rows, percentile, args.seed)

@@ -141,6 +141,17 @@ def test_percentiles_and_auc(stage):
     assert stage(3).auc(high, low) == pytest.approx(brute)
 
 
+def test_a_joined_ranking_is_reported_too(stage, chain, tmp_path, capsys):
+    """With the AUC of the order in which stage 4 would rank."""
+    out = shutil.copytree(chain, tmp_path / "out")
+    launch(stage, 3, ["--smoke", "--baselines", "--out", str(out)])
+    said = capsys.readouterr().out
+    _, joined = stage(4).read_ratings(out / "ratings.csv", "rating,contrast")
+    found = stage(3).areas(stage(3).read_table(out / "ratings.csv")["stratum"], joined)
+    assert "AUC over (rating,contrast): " + ", ".join(
+        f"{name} {area:.3f}" for name, area in found.items()) in said
+
+
 def test_the_record_names_the_whole_command(chain):
     """It is what a later stage tells to run again."""
     said = {name: json.loads((chain / f"{name}.json").read_text())["written_by"]

@@ -669,6 +669,20 @@ def test_a_pair_that_cannot_be_read_changes_the_corpus_under_no_memory(stage, tm
     assert "three figures: 39 pairs" in capsys.readouterr().out
 
 
+def test_a_planted_corpus_stays_in_memory_in_later_stages(stage, tmp_path, monkeypatch):
+    """Stage 1 was given the --memory that it takes; the others need not be told again."""
+    data, val = corpus_of(stage, tmp_path / "d", 40), corpus_of(stage, tmp_path / "v", 40, first=48)
+    args = options(stage, "--data", data, "--val", val, "--plant", "noise=0.2")
+    monkeypatch.setattr(stage(1).Machine, "memory", 1000)
+    with pytest.raises(SystemExit, match="--plant works on pairs that fit into --memory"):
+        stage(1).load_data(args, "cpu")
+    monkeypatch.setattr(stage(1).Machine, "memory", 2e9)
+    args = options(stage, "--data", data, "--val", val, "--plant", "noise=0.2")
+    first = stage(1).load_data(args, "cpu")[0]
+    monkeypatch.setattr(stage(1).Machine, "memory", 1000)
+    assert stage(1).load_data(args, "cpu")[0].strata == first.strata
+
+
 def test_a_home_folder_is_one_for_every_stage(stage, tmp_path, monkeypatch):
     corpus_of(stage, tmp_path / "data", 80)
     monkeypatch.setenv("HOME", str(tmp_path))
