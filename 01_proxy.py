@@ -13,13 +13,13 @@ Differs from the paper: the proxy is a diffusion transformer (DiT) in pixel spac
 rectified flow; the paper's is a 0.3 B scale-wise autoregressive model. Eq. 4 steps by AdamW.
 
 The method reads as far as `main`. What comes after it can be skipped: readers of real pairs, and
-plumbing for all five stages. Of that, these names stand in the method: `Pairs` (pictures, keys,
-and captions that `tokenize` made into numbers), `draw_batches` and `stream` (batch after batch),
+plumbing for all five stages. Of that, these names stand in the method: `Pairs` (pictures, keys, and
+captions that `tokenize` made into numbers), `draw_batches` and `stream` (batch after batch),
 `world` and `rank` (how many processes there are, and which this is), `mine` (its share of a batch;
 with one process, all of it), `gather` (the shares of all again), `average_gradients` (over
-processes), `seeded` (random numbers by seed
-and step), `to_device` (a tensor moved to where another is), `Progress` (the log of a loop that may
-be stopped and continued) and `say` (a verdict on a number, in words).
+processes), `seeded` (random numbers by seed and step), `to_device` (a tensor moved to where another
+is), `Progress` (the log of a loop that may be stopped and continued) and `say` (a verdict on a
+number, in words).
 
 Shapes: B pairs in a batch, T words, P patches, D width, N pairs in the corpus.
 
@@ -1426,6 +1426,7 @@ def atomic_file(path, mode="w"):
     """A file that takes its name when it is complete; where it cannot be written, one line."""
     part = Path(f"{path}.part")
     try:
+        part.parent.mkdir(parents=True, exist_ok=True)
         text = {"newline": "", "encoding": "utf-8"} if mode == "w" else {}
         with open(part, mode, **text) as file:
             yield file

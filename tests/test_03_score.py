@@ -120,6 +120,14 @@ def test_numbers_that_wait_for_a_device_are_fetched_at_the_end(stage, rated, tmp
     assert progress.seconds > 0 and progress.log == [[512], [512], [256]]
 
 
+def test_all_processes_have_the_first_ones_contrastive_network(stage, monkeypatch):
+    """GPUs add in another order: each would train one of its own."""
+    monkeypatch.setattr(stage(1), "from_first", lambda state: {
+        name: torch.full_like(value, 7) for name, value in state.items()})
+    net = stage(3).train_contrast(stage(1).draw_toy(32, 16, 0, "val"), 1, 0)
+    assert all((p == 7).all() for p in net.parameters())
+
+
 def test_other_data_get_a_name_of_their_own(stage):
     assert [stage(3).name_data(data) for data in (None, "shards/train-*.tar", ".", "../")] == [
         "", "-of-shards-train", "-of-here", "-of-here"]

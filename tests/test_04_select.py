@@ -192,6 +192,16 @@ def test_ratings_moved_without_their_npy_keep_their_record(stage, chain, tmp_pat
     assert "carries no record" in capsys.readouterr().out
 
 
+def test_a_folder_for_the_selection_is_made(stage, tmp_path):
+    """Of ratings that lie elsewhere; where it cannot be made, one line."""
+    write(tmp_path / "r.csv", ["a,1,1,1,x", "b,2,1,1,x"])
+    flags = ["--ratings", str(tmp_path / "r.csv"), "--out"]
+    launch(stage, 4, [*flags, str(tmp_path / "new/out")])
+    assert (tmp_path / "new/out/selected-r-topk-0.5.csv").read_text().split() == ["key", "b"]
+    with pytest.raises(SystemExit, match="cannot be written"):
+        launch(stage, 4, [*flags, str(tmp_path / "r.csv")])
+
+
 def test_new_shards_overwrite_none(stage, tmp_path):
     write(tmp_path / "ratings.csv", ["a,1,1,1,x", "b,2,1,1,x"])
     (tmp_path / "000000.tar").write_bytes(b"mine")
