@@ -1434,7 +1434,8 @@ def atomic_file(path, mode="w"):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:              # RuntimeError: torch on a full disk
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise SystemExit(f"{path} cannot be written ({str(error).splitlines()[0]}): mend that and "
                          "run the same command again; earlier files are as they were")
 
