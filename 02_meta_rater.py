@@ -31,12 +31,14 @@ Added to the paper, each marked in the code (what happens without it: .assets/di
     no caption     a tenth of the captions is blanked as in the warm-up. Without it both proxies
                    forget pictures without a caption, and stage 3 can no longer tell what a
                    caption is worth
+    first rest     theta = theta_hat before the first step, so that its differences are rounding:
+                   the rater rests
 Released code: eq. 9 only, no reference proxy, another softmax on top, validation only at first.
 Differs from the paper: steps by AdamW; the softmax runs over groups of fixed size (the paper's 64
 pairs on 2 GPUs are groups of 32), so the number of processes changes nothing.
 
-Reads    out/proxy.pt
-Writes   out/rater.pt, .csv, .png      (--signal loss: out/rater-loss.pt, .csv, .png)
+Reads    out/pairs/, out/proxy.pt
+Writes   out/rater.pt, .json, .csv, .png      (--signal loss: out/rater-loss.pt, .json, .csv, .png)
 Run      python 02_meta_rater.py                        under a minute on two cores
          torchrun --nproc-per-node 2 -- 02_meta_rater.py --signal loss
 """
@@ -55,6 +57,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 s1 = importlib.import_module("01_proxy")
 
+GROUP = 32                 # pairs under one softmax; W_batch ranks the groups of a batch
 PROBE = 512                # training pairs whose logits the figure follows
 
 
@@ -133,37 +136,40 @@ def negative_entropy(W_inst, W_batch):
     return sum((w * w.clamp_min(1e-12).log()).flatten(1).sum(1).mean() for w in (W_inst, either))
 
 
-def meta_step(nets, opts, train, val, rng, args):
+def meta_step(nets, opts, train, val, rng, args, rest=False):
     """One step of eqs. 5-7. nets and opts: proxy theta, ref theta_hat, rater mu.
 
-    To first order gap_i = -beta <grad L_i, g_val> = dL_val / dW_i: the meta-gradient, without a
-    second derivative. The proxies are never joined again, so that the gap adds up over the steps.
-    train and val are batches (x (B, 3, H, W), c (B, T)), already cut to this process; each
-    softmax runs over a group of --group-size pairs inside it. Returns the COLUMNS of the log.
+    All losses are those of the parameters before the step. To first order gap_i =
+    -beta <grad L_i, g_val> = dL_val / dW_i: the meta-gradient, without a second derivative. The
+    proxies are never joined again, so that the gap adds up over the steps. train and val are whole
+    batches (x (B, 3, H, W), c (B, T)), of which a process takes its share; each softmax runs over a
+    group inside it. With `rest` the rater stays as it is. Returns the COLUMNS of the log.
     """
     (x, c), (x_val, c_val) = train, val
-    W_inst, W_batch = weigh(nets["rater"], x, c, args.group_size)             # (B / G, G or 1)
-    W = (W_inst * W_batch).detach()                        # eq. 5 holds mu fixed; sums to W_batch
     noise = s1.draw_noise(x, rng, s1.T_SHIFT)              # one for both proxies; added: the shift
     noise_val = s1.draw_noise(x_val, rng)
-    c, c_val = (s1.drop_captions(words, rng) for words in (c, c_val))         # added
-    batch = W.flatten() / len(W), x, c, *noise
-    batch_val = x_val.new_full((len(x_val),), 1 / len(x_val)), x_val, c_val, *noise_val
-    L_hat, norm_hat = s1.descend_flow(nets["ref"], opts["ref"], *batch)       # eq. 5, no g_val
-    L_both, norm = s1.descend_flow(nets["proxy"], opts["proxy"],              # eqs. 5, 10
-                                   *map(torch.cat, zip(batch, batch_val)))
-    L_theta, L_val = L_both.split(len(x))                                     # (B,), (B,)
-    L_theta, L_hat = L_theta.view_as(W), L_hat.view_as(W)                     # (B / G, G)
+    seen, c_val = s1.drop_captions(c, rng), s1.drop_captions(c_val, rng)      # added
+    group_size = min(GROUP, len(x) // 2)
+    x, c, seen, x_val, c_val = map(s1.mine, (x, c, seen, x_val, c_val))
+    noise, noise_val = ([s1.mine(drawn) for drawn in both] for both in (noise, noise_val))
 
-    gap = L_theta - L_hat                                  # eq. 6 holds both proxies fixed
-    signal = gap if args.signal == "difference" else L_theta                  # eq. 8: L_hat = 0
+    W_inst, W_batch = weigh(nets["rater"], x, c, group_size)                  # (B / G, G or 1)
+    W = (W_inst * W_batch).detach().flatten() / len(W_inst)                   # (B,) fixed in eq. 5
+    L_theta = s1.flow_loss(nets["proxy"], x, seen, *noise)                    # (B,)
+    L_hat = s1.flow_loss(nets["ref"], x, seen, *noise)                        # (B,)
+    L_val = s1.flow_loss(nets["proxy"], x_val, c_val, *noise_val)             # (B,)
+    norm = s1.descend(L_val.mean() + (W * L_theta).sum(), nets["proxy"], opts["proxy"])  # eqs. 5, 10
+    norm_hat = s1.descend((W * L_hat).sum(), nets["ref"], opts["ref"])        # eq. 5, no g_val
+
+    gap = (L_theta - L_hat).detach().view_as(W_inst)       # eq. 6 holds both proxies fixed
+    signal = gap if args.signal == "difference" else L_theta.detach().view_as(W_inst)    # eq. 8
     objective = rater_objective(W_inst, W_batch, *rank_signal(signal, W_inst.detach()))
-    norm_mu = s1.descend(objective + args.tau * negative_entropy(W_inst, W_batch),
-                         nets["rater"], opts["rater"])
-    ess = 1 / W_inst.square().sum(1).mean() / args.group_size
-    return torch.stack([L_val.mean(), L_hat.mean(), gap.mean(), gap.std(), ess, W_batch.mean(),
-                        W_inst.clamp_min(1e-12).log().std(1).mean(),
-                        norm_mu + norm + norm_hat]).detach()
+    norm_mu = norm.new_zeros(()) if rest else s1.descend(
+        objective + args.tau * negative_entropy(W_inst, W_batch), nets["rater"], opts["rater"])
+    ess = 1 / W_inst.square().sum(1).mean() / group_size
+    return [number.detach() for number in (
+        L_val.mean(), L_hat.mean(), gap.mean(), gap.std(), ess, W_batch.mean(),
+        W_inst.clamp_min(1e-12).log().std(1).mean(), norm_mu + norm + norm_hat)]
 
 
 def exact_meta_gradient(proxy, train, val, W, beta, steps):
@@ -189,58 +195,32 @@ def exact_meta_gradient(proxy, train, val, W, beta, steps):
 
 
 # ---- the loop --------------------------------------------------------------------------------
-COLUMNS = ["step", "val", "ref", "gap_mean", "gap_std", "ess", "W_batch", "logit_std",
-           "grad_norm"]    # the step, and what `meta_step` returns
+COLUMNS = ["val", "ref", "gap_mean", "gap_std", "ess", "W_batch", "logit_std",
+           "grad_norm"]    # what `meta_step` returns
 
 
-@torch.no_grad()
-def follow(nets, x, c, args, draws=4):
-    """Added: rank correlation of the rater's logits with minus its signal; 0 is chance.
-
-    The signal is measured afresh, outside the step, under the same noise at every call. Returns the
-    logits (B,), too.
-    """
-    logits = nets["rater"].logits(nets["rater"].features(x, c))               # (B,)
-    rng, signal = s1.seeded(x.device, args.seed, "follow"), torch.zeros_like(logits)
-    for _ in range(draws):
-        t, eps = s1.draw_noise(x, rng, s1.T_SHIFT, whole=True)
-        signal += s1.flow_loss(nets["proxy"], x, c, t, eps)
-        if args.signal == "difference":
-            signal -= s1.flow_loss(nets["ref"], x, c, t, eps)
-    places = torch.stack([logits, -signal]).argsort(1).argsort(1).double()
-    return torch.corrcoef(places)[0, 1].item(), logits.cpu()
-
-
-def learn(nets, pairs, val, args, probe, progress):
-    """`--steps` meta steps, logged in `progress`, which also keeps the probe's logits over time."""
+def learn(nets, pairs, val, args, seed, progress):
+    """`--steps` meta steps, logged in `progress`, which also keeps the logits of the first training
+    pairs at ten points of the run: [(step, logits (PROBE,))]."""
     opts = {name: s1.adamw(net, args.lr) for name, net in nets.items()}
-    progress.attach(**nets, **{f"{name}_opt": opt for name, opt in opts.items()})
-    seen = progress.kept.setdefault("seen", [])            # [(step, logits (PROBE,), follows)]
-
-    def after(k):
-        if k % max(args.steps // 10, 1) == 0 or k == args.steps:
-            follows, logits = follow(nets, *probe, args)
-            seen.append((k, logits, follows))
-        if k % 100 == 0 or k == args.steps:
-            val_loss, _, gap, gap_std, *health, _ = np.mean(progress.fetch()[-100:], axis=0)
-            s1.print0(
-                f"meta {k:5d}/{args.steps}   val {val_loss:.4f}   difference {gap:+.4f} "
-                f"+- {gap_std:.4f}   ESS {health[0]:.2f}   W_batch {health[1]:.3f}   "
-                f"logit std {health[2]:.2f}   follows {seen[-1][2]:.2f}"
-                + warn_of_collapse(*health))
-
-    batches = [s1.stream(split, s1.draw_batches(
-        len(split), args.batch_size, args.seed, progress.step, args.steps))
-        for split in (pairs, val)]
-    for (keys, *train_batch), (_, *val_batch) in zip(*batches):
-        rng = s1.seeded("cpu", args.seed, "meta", progress.step + 1)
-        numbers = meta_step(nets, opts, train_batch, val_batch, rng, args)
-        progress.advance(numbers, keys, after)
-    progress.fetch()
+    parts = {**nets, **{f"{name}_opt": opt for name, opt in opts.items()}}
+    x, c = pairs.batch(np.arange(min(PROBE, len(pairs))))
+    seen = progress.kept.setdefault("seen", [])
+    batches = (s1.draw_batches(len(split), args.batch_size, seed, progress.step, args.steps)
+               for split in (pairs, val))
+    for k, rows, rows_val in zip(progress.steps(args.steps, **parts), *batches):
+        numbers = meta_step(nets, opts, pairs.batch(rows), val.batch(rows_val),
+                            s1.seeded(x.device, seed, "meta", k), args, rest=k == 0)
+        progress.note(*numbers)
+        if (k + 1) % max(args.steps // 10, 1) == 0:
+            with torch.no_grad():
+                seen.append((k + 1, nets["rater"].logits(nets["rater"].features(x, c)).cpu()))
 
 
-def warn_of_collapse(ess, W_batch, logit_std):
+def warn_of_collapse(*means):
     """In words, all that is wrong with the rater, or ''."""
+    ess, W_batch, logit_std = (dict(zip(COLUMNS, means))[name]
+                               for name in ("ess", "W_batch", "logit_std"))
     signs = {"a few pairs hold all weight (raise --tau)": ess < 0.2,
              "W_batch is stuck and says nothing about its group": not 0.05 < W_batch < 0.95,
              "every pair is rated alike (more warm-up, or better validation pairs)":
@@ -249,74 +229,57 @@ def warn_of_collapse(ess, W_batch, logit_std):
     return f"   COLLAPSE: {found}" if found else ""
 
 
-def judge_following(follows):
-    """The verdict on `follow` over the run: does the rater learn, and is it still learning?"""
-    half = follows[(len(follows) - 1) // 2]
-    trend = ("; rising from {:.2f} half-way: more --steps would help" if follows[-1] > half + 0.03
-             else "; {:.2f} half-way already: more --steps would not help").format(half)
-    verdict = s1.say("the rater is {}following its signal", follows[-1], 0, 0.3,
-                     "more warm-up or more trusted pairs would help")
-    return verdict + (trend if len(follows) > 2 else "")
-
-
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = s1.options(
-        __doc__, batch_size=(64, "training pairs, and as many validation pairs, all processes"),
-        group_size=(32, "pairs under one softmax; W_batch ranks the groups of a batch"),
+    return s1.parse(
+        argv, __doc__, dict(steps=12, batch_size=16),
+        signal=(("difference", "loss"), "eq. 6, or eq. 9 as in the released code"),
+        batch_size=(64, "training pairs, and as many validation pairs, all processes"),
         steps=(400, "meta steps"), lr=(1e-3, "of theta, theta_hat and mu"),
         tau=(1.0, "weight of the entropy term (added)"))
-    parser.add_argument("--signal", choices=["difference", "loss"], default="difference",
-                        help="eq. 6, or eq. 9 as in the released code")
-    return s1.parse(parser, argv, steps=12, batch_size=16, group_size=8)
 
 
-def suffix(signal):
-    """Files of the eq. 9 rater stand beside those of eq. 6."""
-    return "" if signal == "difference" else f"-{signal}"
+def name_rater(signal):
+    """The file of a rater, which stands beside that of the other signal, and the command for it."""
+    loss = signal == "loss"
+    return "rater-loss" if loss else "rater", "02_meta_rater.py" + " --signal loss" * loss
 
 
 def main(args, device):
-    if args.group_size < 2 or args.batch_size % (args.group_size * s1.world()):
-        raise SystemExit(f"--batch-size {args.batch_size} must be a multiple of --group-size "
-                         f"{args.group_size}, 2 or more, times {s1.world()} processes")
-    if args.batch_size == args.group_size:
-        s1.print0("one group a batch: nothing to rank it against, so W_batch learns "
-                  "nothing; raise --batch-size or lower --group-size")
-    settings, snapshots = s1.load_proxy(args.out)
-    pairs, val, _ = s1.load_data(settings, device)
+    if args.batch_size % (min(GROUP, args.batch_size // 2) * s1.world() or 1):
+        raise SystemExit(f"--batch-size {args.batch_size} must be even, and a multiple of {GROUP} "
+                         f"pairs, a group, times {s1.world()} processes where it holds so many")
+    out = Path(args.out)
+    settings, weights = s1.load(out / "proxy.pt", "01_proxy.py")
+    pairs, val = (s1.open_pairs(out / "pairs", split, device) for split in ("train", "val"))
     if min(len(pairs), len(val)) < args.batch_size:
         raise SystemExit(f"{len(pairs)} training and {len(val)} validation pairs do not both fill "
                          f"--batch-size {args.batch_size}: lower it or add pairs")
-    pairs = s1.keep_decoded(pairs, args.out)
+    torch.manual_seed(settings.seed)
     nets = {name: s1.build_proxy(settings, device) for name in ("proxy", "ref")}
     for net in nets.values():
-        net.load_state_dict(snapshots[settings.steps])     # theta <- theta_hat, after eq. 4
+        net.load_state_dict(weights)                       # theta <- theta_hat, after eq. 4
     nets["rater"] = Rater(settings.size, settings.patch, settings.words).to(device)
 
-    (_, probe), = pairs.parts([np.arange(min(PROBE, len(pairs)))])
-    file = Path(args.out) / f"rater{suffix(args.signal)}"
-    proxy_digest = s1.digest(Path(args.out) / "proxy.pt")
-    progress = s1.Progress(f"{file}.progress", "02_meta_rater.py",
-                           {**vars(args), "proxy.pt": proxy_digest}, args.save_every)
-    progress.expect(args.steps, args.batch_size)
-    learn(nets, pairs, val, args, probe.batch(np.arange(len(probe))), progress)
-    rows = [[k, *row] for k, row in enumerate(progress.log, 1)]
-    s1.save(f"{file}.pt", "02_meta_rater.py", settings=vars(args), proxy=proxy_digest,
-            weights={name: net.state_dict() for name, net in nets.items()})
-    s1.write_csv(f"{file}.csv", COLUMNS, rows)
-    seen = progress.kept["seen"]
-    s1.print0(judge_following([follows for *_, follows in seen]))
-    draw_figure(f"{file}.png", rows, seen, np.array(probe.strata))
+    name, command = name_rater(args.signal)
+    progress = s1.Progress(out / f"{name}.progress", {
+        **vars(args), "proxy.pt": s1.digest(out / "proxy.pt")}, COLUMNS, warn_of_collapse)
+    learn(nets, pairs, val, args, settings.seed, progress)
+    s1.save(out / f"{name}.pt", command, [out / "proxy.pt"], args,
+            {name: net.state_dict() for name, net in nets.items()})
+    rows = [(k, *row) for k, row in enumerate(progress.log, 1)]
+    s1.write_csv(out / f"{name}.csv", ["step", *COLUMNS], rows)
+    draw_figure(out / f"{name}.png", rows, progress.kept["seen"],
+                pairs.strata(np.arange(min(PROBE, len(pairs)))))
     progress.finish()
-    s1.print0(f"wrote {file}.pt, .csv, .png: {args.steps} meta steps in "
+    s1.print0(f"wrote {out}/{name}.pt, .json, .csv, .png: {args.steps} meta steps in "
               f"{progress.seconds:.0f} s")
 
 
 def draw_figure(path, rows, seen, strata):
     """Logits by stratum over the run (analysis only), and the health of the weights."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
-    steps, logits, follows = zip(*seen)
+    steps, logits = zip(*seen)
     logits = torch.stack(logits).numpy()
     logits = logits - logits.mean(1, keepdims=True)                           # (times, PROBE)
     unnamed = "other pairs" if set(strata) - {""} else "all pairs"
@@ -331,9 +294,9 @@ def draw_figure(path, rows, seen, strata):
     table = np.array(rows)                                                    # (steps, 9)
     window = min(25, len(table))
     for column, style in (("ess", "-"), ("W_batch", "--"), ("logit_std", ":")):
-        smooth = np.convolve(table[:, COLUMNS.index(column)], np.ones(window) / window, "valid")
-        right.plot(table[window - 1:, 0], smooth, style, color="black", label=column)
-    right.plot(steps, follows, "o-", color="#0072B2", markersize=3, label="follows its signal")
+        values = table[:, 1 + COLUMNS.index(column)]
+        right.plot(table[window - 1:, 0], np.convolve(values, np.ones(window) / window, "valid"),
+                   style, color="black", label=column)
     right.set(xlabel="meta step", ylim=(0, None))
     s1.legend_above(right)
     s1.save_figure(figure, path)

@@ -4,25 +4,24 @@
 
 An arm is a selection: half the pairs take half the steps. All arms of a seed share initial
 weights, evaluation captions and noise, so their differences are paired; a seed also redraws the
-random selections. Measured on trusted pairs that neither a proxy nor an arm is trained on:
+random selections. Measured on the test pairs, which neither a proxy nor an arm is trained on:
 
     held-out   mean flow loss under fixed noise
     distance   Frechet distance between features of drawn and of real images
     score      100 cos between drawn image and its caption, as a CLIP score
     match      share of drawn images whose own caption is the nearest of all distinct captions
 
-Features and cosines come from stage 3's small contrastive network, trained here on stage 5's own
-trusted pairs, which no rating has seen: its distance is not FID and its score not OpenAI's CLIP
-score. --metrics standard uses the public networks of both instead, and --evaluate
-does so for images that already exist: their code comes after `main` and can be skipped. Full data
-and a random selection are always among the arms; tests/evidence.py has the paper's tables.
+Features and cosines come from stage 3's small contrastive network, trained here on the test pairs,
+which no rating has seen: its distance is not FID and its score not OpenAI's CLIP score. --metrics
+standard uses the public networks of both instead: their code comes after `main` and can be skipped.
+Full data and a random selection are always among the arms; tests/evidence.py has the paper's tables.
 
-Reads    out/proxy.pt, out/ratings.csv, out/ratings-loss.csv, or --selected CSV files of stage 4
+Reads    out/pairs/, out/proxy.pt, out/ratings.npy, out/ratings-loss.npy, or --selected files of
+         stage 4
 Writes   out/results.csv (a row per arm and seed), .md, .png, and out/results-samples.png (all arms
          under the same captions and noise)
 Run      python 05_train_eval.py                          five minutes on two cores
          python 05_train_eval.py --selected out/selected-topk-0.5.csv --seeds 1
-         python 05_train_eval.py --evaluate DRAWN --reference REAL       FID and CLIP score alone
          torchrun --nproc-per-node 2 -- 05_train_eval.py
 """
 import functools
@@ -35,8 +34,6 @@ import sys
 import time
 import unicodedata
 import warnings
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +61,7 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Stude
 class Arm(NamedTuple):
     """A selection: which ratings, sorted by what, which rule, how much; or a `file` of stage 4."""
     name: str
-    ratings: str = ""          # stem of the ratings file in --out, '' where none is needed
+    ratings: str = ""          # stem of the ratings in --out, '' where none are needed
     method: str = "random"
     keep: float = 1.0
     settings: dict = {}
@@ -84,61 +81,48 @@ ARMS = [Arm("full"), Arm("random 50%", keep=0.5), Arm("random 20%", keep=0.2),
         Arm("eq. 9, Top-K 50%", EQ9, "topk", 0.5),
         Arm("eq. 9, Shift-Gsample 50%", EQ9, "shift-gsample", 0.5),
         Arm("eq. 9, Shift-Gsample 20%", EQ9, "shift-gsample", 0.2)]
-read_once = functools.cache(s4.read_ratings)               # of each file, for all arms and seeds
-check_once = functools.cache(s4.read_record)
 
 
-def find_file(arm, out):
-    """The file that says which pairs an arm has, None for full data and random selections."""
-    return Path(arm.file or Path(out) / f"{arm.ratings}.csv") if arm.file or arm.ratings else None
+def choose_rows(arm, pool, pairs, out, seed):
+    """Rows (n,) of the pairs of an arm among those of `pool`, drawn anew for each seed where its
+    rule draws."""
+    if arm.file:
+        return s4.read_rows(Path(arm.file), pairs)
+    if arm.keep == 1:
+        return pool
+    rating = (s4.read_ratings(Path(out) / f"{arm.ratings}.npy", arm.rank_by, pairs)[pool]
+              if arm.ratings else np.zeros(len(pool)))
+    return pool[s4.select(rating, arm.method, arm.keep, seed=seed, **arm.settings)[0]]
 
 
-def choose_rows(arm, pairs, out, seed):
-    """Corpus rows (n,) of an arm, drawn anew for each seed where its rule draws."""
-    path = find_file(arm, out)
-    if not path:
-        return (np.arange(len(pairs)) if arm.keep == 1 else
-                s4.select(np.zeros(len(pairs)), "random", arm.keep, seed=seed)[0])
-    check_once(path, out, s1.print0)
-    if s4.is_array(path):
-        return s4.read_rows(path, len(pairs))
-    hashes, rating = read_once(path, "key" if arm.file else arm.rank_by, s1.hash_key)
-    lines = np.arange(len(hashes)) if arm.file else s4.select(
-        rating, arm.method, arm.keep, seed=seed, **arm.settings)[0]
-    rows = s1.find_rows(pairs, hashes[lines])
-    if (rows < 0).any():
-        key, _ = next(s4.read_keys(path, lines[[rows.argmin()]]))
-        raise SystemExit(f"{path}: key {key} is not among the training pairs of proxy.pt")
-    return rows
-
-
-def list_arms(args, pairs, arms=ARMS):
+def list_arms(args, pairs, pool, arms):
     """Those of `arms` whose ratings exist; or full, random and one per --selected file."""
-    read_once.cache_clear()
-    check_once.cache_clear()
+    for file in map(Path, args.selected):
+        if not file.exists():
+            raise SystemExit(f"{file} is missing: 04_select.py writes selections and names them")
+        known = s1.check(file).get("pairs", "pairs")
+        if known != "pairs":
+            raise SystemExit(f"{file} chooses among {known}, and stage 5 compares selections of "
+                             f"{args.out}/pairs: rate those, without --data, in 03_score.py")
+        s4.compare_keys(file, pairs)
     if args.selected:
-        for file in args.selected:
-            if not Path(file).exists():
-                raise SystemExit(f"{file} is missing: 04_select.py writes selections and names "
-                                 "them")
         stems = [Path(file).stem for file in args.selected]
-        names = [stem if stems.count(stem) == 1 and not re.match("(full|real)$|random ", stem)
-                 else str(Path(file).resolve()) for stem, file in zip(stems, args.selected)]
-        if len(set(names)) < len(names):
-            raise SystemExit("--selected names a file twice")
-        given = [Arm(name, file=file) for name, file in zip(names, args.selected)]
-        counts = sorted({len(choose_rows(arm, pairs, args.out, 0)) for arm in given})
+        given = [Arm(stem if stems.count(stem) == 1 else file, file=file)
+                 for stem, file in zip(stems, args.selected)]
+        counts = sorted({len(choose_rows(arm, pool, pairs, args.out, 0)) for arm in given})
         return [Arm("full"), *(Arm(f"random {n}", keep=n) for n in counts), *given]
     found = []
     for arm in arms:
-        file = find_file(arm, args.out)
-        header = file.open(encoding="utf-8").readline() if file and file.exists() else ""
-        if not file or set(arm.rank_by.split(",")) <= set(header.strip().split(",")):
+        path = Path(args.out) / f"{arm.ratings}.npy"
+        columns = np.load(path, mmap_mode="r").dtype.names if path.exists() else ()
+        if not arm.ratings or set(arm.rank_by.split(",")) <= set(columns):
             found.append(arm)
         else:
             how = "--signal loss" if arm.ratings == EQ9 else "--baselines"
-            s1.print0(f"{arm.name} is left out: {file} is missing or has no column {arm.rank_by} "
+            s1.print0(f"{arm.name} is left out: {path} is missing or has no column {arm.rank_by} "
                       f"(03_score.py {how} writes it)")
+        if arm.ratings and path.exists():
+            s1.check(path)
     return found
 
 
@@ -147,24 +131,21 @@ def count_steps(size, args):
     return args.epochs * (size // args.batch_size)         # eq. 1: the same number of epochs
 
 
-def foretell(arms, args, settings, pairs):
+def foretell(arms, args, settings, pairs, pool):
     """Steps of every arm: all that they read is read here, before any training. Says the cost."""
-    sizes = [len(choose_rows(arm, pairs, args.out, args.seed)) for arm in arms]
+    sizes = [len(choose_rows(arm, pool, pairs, args.out, settings.seed)) for arm in arms]
     if min(sizes) < args.batch_size:
         raise SystemExit(f"{arms[np.argmin(sizes)].name}: {min(sizes)} pairs are fewer than "
                          "--batch-size")
-    steps = {arm.name: count_steps(size, args) for arm, size in zip(arms, sizes)}
-    total = args.seeds * sum(steps.values())
-    with torch.random.fork_rng(devices=[]):                # what follows draws as if this were not
-        net = s1.build_proxy(settings, pairs.device)
-        for _ in range(2):                                 # in the first round a GPU wakes up
-            began = time.monotonic()
-            s1.train(net, pairs, 4, args.batch_size, args.lr, args.seed)
+    total = args.seeds * sum(count_steps(size, args) for size in sizes)
+    net = s1.build_proxy(settings, pairs.device)
+    for _ in range(2):                                     # in the first round a GPU wakes up
+        began = time.monotonic()
+        s1.train(net, pairs, 4, args.batch_size, args.lr, settings.seed)
     minutes = (time.monotonic() - began) / 4 * total / 60
     s1.print0(f"{args.seeds * len(arms)} models, {total:,} steps in all, about {minutes:.0f} "
               "minutes of training; fewer --seeds or --epochs, or some files with --selected, make "
               "it less")
-    return steps
 
 
 # ---- metrics ---------------------------------------------------------------------------------
@@ -209,48 +190,62 @@ def evaluate(net, test, judge, reference, seed):
     losses = [s1.flow_loss(net, *part) for part in zip(*(v.split(PART) for v in (x, c, t, eps)))]
     images = [s1.sample(net, *part) for part in zip(*(s1.mine(v).split(PART) for v in (c, eps)))]
     images = s1.gather(torch.cat(images))
-    numbers = judge_images(judge, images, test.captions[:n], reference)
+    numbers = judge_images(judge, images, test.names(np.arange(n))[1], reference)
     return {"held-out": torch.cat(losses).mean().item(), **numbers}, images
 
 
 # ---- one arm, all arms -----------------------------------------------------------------------
-def run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress):
+def run_arm(arm, seed, args, settings, pairs, pool, test, judge, reference, progress):
     """Train on the arm's pairs from scratch and evaluate. Returns the result row and images."""
-    rows = choose_rows(arm, pairs, args.out, seed)
+    rows = choose_rows(arm, pool, pairs, args.out, seed)
     torch.manual_seed(seed)                                # all arms start from the same weights
-    net = s1.build_proxy(settings, pairs.device)
-    chosen = s1.keep_resident(pairs.take(rows), s1.Machine.memory).to(pairs.device)
-    steps = count_steps(len(rows), args)
-    s1.train(net, chosen, steps, args.batch_size, args.lr, seed, decay=DECAY, progress=progress)
-    seconds = progress.seconds
-    numbers, images = evaluate(net, test, judge, reference, args.seed)
-    shares = {name: float(np.mean(np.array(pairs.strata)[rows] == name))
-              for name in s1.STRATUM_COLOURS if name in pairs.strata}
+    net, steps = s1.build_proxy(settings, pairs.device), count_steps(len(rows), args)
+    s1.train(net, pairs.take(rows), steps, args.batch_size, args.lr, seed, DECAY, progress)
+    numbers, images = evaluate(net, test, judge, reference, settings.seed)
+    strata = pairs.strata(rows)
+    shares = {name: float(np.mean(strata == name)) for name in s1.STRATUM_COLOURS
+              if name.encode() in pairs.stratum[pool]}
     return {"arm": arm.name, "seed": seed, "pairs": len(rows), "steps": steps,
-            "seconds": seconds, **numbers, **shares}, images
+            "seconds": progress.seconds, **numbers, **shares}, images
 
 
-def run_all(stem, arms, steps, args, settings, pairs, test, judge, reference):
-    """Every arm under every seed; STEM.csv grows with each. Returns rows and samples."""
-    weights = [getattr(args, what) for what in WEIGHTS if args.metrics == "standard"]
-    inputs = [Path(args.out) / "proxy.pt", *(find_file(arm, args.out) for arm in arms), *weights]
-    state = {str(file): s1.digest(file) for file in inputs if file}
-    progress = s1.Progress(f"{stem}.progress", "05_train_eval.py",
-                           {**vars(args), **state}, args.save_every)
+def run_all(stem, arms, args, settings, pairs, pool, test, judge, reference):
+    """Every arm under every seed; STEM.csv grows with each. Returns rows, samples and progress."""
+    files = [Path(arm.file or Path(args.out) / f"{arm.ratings}.npy") for arm in arms
+             if arm.file or arm.ratings]
+    inputs = vars(args) | {str(file): s1.digest(file) for file in
+                           [Path(args.out) / "proxy.pt", *files]}
+    progress = s1.Progress(Path(f"{stem}.progress"), inputs)                  # of the arms
     results = progress.kept.setdefault("results", [])
     samples = progress.kept.setdefault("samples", {})      # {arm: (8, 3, H, W)}
-    work = [(seed, arm) for seed in range(args.seed, args.seed + args.seeds) for arm in arms]
-    for seed, arm in work[len(results):]:
-        progress.expect(sum(steps[arm.name] for _, arm in work[len(results):]), args.batch_size)
-        result, images = run_arm(arm, seed, args, settings, pairs, test, judge, reference, progress)
+    work = [(seed, arm) for seed in range(settings.seed, settings.seed + args.seeds)
+            for arm in arms]
+    for k, (seed, arm) in enumerate(work[len(results):], len(results)):
+        inside = s1.Progress(Path(f"{stem}-arm.progress"), inputs | {"arm": k}, ["loss", "norm"])
+        result, images = run_arm(arm, seed, args, settings, pairs, pool, test, judge, reference,
+                                 inside)
         results.append(result)
         samples.setdefault(arm.name, images[:8].cpu())
+        if args.save_images:
+            save_images(Path(args.save_images) / f"{re.sub(r'[^.a-z0-9]+', '-', arm.name.lower())}"
+                        f"-seed-{seed}", images, test)
         s1.print0(f"seed {seed}  {arm.name:30} " + "  ".join(
             f"{name} {result[name]:.3f}" for name in METRICS) + f"  {result['seconds']:.0f} s")
         s1.write_csv(f"{stem}.csv", list(result), [
             [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in results])
-        progress.begin_next()
+        progress.save({})
+        inside.finish()
     return results, samples, progress
+
+
+def save_images(folder, images, test):
+    """Images (B, 3, H, W) as 000000.png and their captions as 000000.txt, for other tools."""
+    if s1.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for k, (image, caption) in enumerate(zip(images.cpu(), test.names()[1])):
+            pixels = s1.to_pixels(image.permute(1, 2, 0).numpy())
+            image_ops.to_pil_image(pixels).save(folder / f"{k:06d}.png")
+            (folder / f"{k:06d}.txt").write_text(caption, encoding="utf-8")
 
 
 # ---- tables and figures ----------------------------------------------------------------------
@@ -354,9 +349,10 @@ def draw_samples(path, samples, test):
     """Eight captions: the real image, then what each arm draws for it from the same noise."""
     columns = min(8, len(test))
     rows = {"real": test.batch(np.arange(columns))[0].cpu(), **samples}
+    captions = test.names(np.arange(columns))[1]
     figure, axes = plt.subplots(len(rows), columns, figsize=(10, 1.05 * len(rows) + 0.8))
     for k, (row, (name, images)) in enumerate(zip(axes, rows.items())):
-        s1.show_pictures(row, images, test.captions[:columns] if k == 0 else [""] * columns)
+        s1.show_pictures(row, images, captions if k == 0 else [""] * columns)
         row[0].text(-0.15, 0.5, name, ha="right", va="center", transform=row[0].transAxes)
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
     s1.save_figure(figure, path)
@@ -364,50 +360,39 @@ def draw_samples(path, samples, test):
 
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = s1.options(
-        __doc__, batch_size=(64, "pairs, all processes"), epochs=(16, "over every selection"),
-        seeds=(3, "paired repetitions"), lr=(5e-3, "of the downstream model"))
-    parser.add_argument("--selected", nargs="+", default=[], help="CSV files of stage 4 as arms")
-    parser.add_argument("--metrics", choices=["mini", "standard"], default="mini",
-                        help="own small network, or FID's Inception and OpenAI's CLIP")
-    for what in ("inception", "clip", "clip-vocab"):
-        parser.add_argument(f"--{what}", help=f"local {what} file of the standard metrics")
-    parser.add_argument("--evaluate", help="only measure these images, in any layout of --data")
-    parser.add_argument("--reference", help="real images, or .npz statistics, for their FID")
-    parser.add_argument("--save-statistics", help=".npz for mu and sigma of --evaluate")
-    args = s1.parse(parser, argv, epochs=1, seeds=2, batch_size=16)
-    if args.evaluate:
-        args.batch_size = 0                                # nothing is trained
-    elif args.reference or args.save_statistics:
-        parser.error("--reference and --save-statistics need the images of --evaluate")
-    if args.save_statistics and not args.save_statistics.lower().endswith(".npz"):
-        parser.error(f"--save-statistics {args.save_statistics} has to end in .npz")
-    return args
+    return s1.parse(
+        argv, __doc__, dict(epochs=1, seeds=2, batch_size=16),
+        selected=([], "files of stage 4 as arms"),
+        batch_size=(64, "pairs, all processes"), epochs=(16, "over every selection"),
+        seeds=(3, "paired repetitions"), lr=(5e-3, "of the downstream model"),
+        metrics=(("mini", "standard"), "own small network, or FID's Inception and OpenAI's CLIP"),
+        weights=("", "folder with the public files of the standard metrics"),
+        save_images=("", "folder for what every arm draws, with captions, for other tools"))
 
 
 def main(args, device, arms=ARMS, name="results"):
-    if args.evaluate:
-        return evaluate_files(args, device)
-    settings, _ = s1.load_proxy(args.out)
-    pairs, val, test = s1.load_data(settings, device)
-    real = [k for k, name in enumerate(pairs.strata) if not name.startswith("planted-")]
-    if args.selected and len(real) < len(pairs.strata):    # as in the selections of stage 4
-        s1.print0(f"{len(pairs) - len(real)} pairs with planted dirt are in no arm")
-        if any(file.lower().endswith(".npy") for file in args.selected):
-            raise SystemExit("a .npy does not fit a corpus with planted dirt: use a CSV of keys")
-        pairs = pairs.take(real)
-    arms, stem = list_arms(args, pairs, arms), Path(args.out) / name
-    steps = foretell(arms, args, settings, pairs)
-    judge = (StandardJudge(args, device) if args.metrics == "standard" else
-             s3.train_contrast(test, 20 if args.smoke else s3.CONTRAST_STEPS, args.seed))
-    (x, _), (other, _) = (split.batch(np.arange(min(DRAWN, len(split)))) for split in (test, val))
+    out = Path(args.out)
+    settings, _ = s1.load(out / "proxy.pt", "01_proxy.py")
+    pairs, val, test = (s1.open_pairs(out / "pairs", split, device)
+                        for split in ("train", "val", "test"))
+    planted = s4.find_planted(pairs)
+    pool = np.arange(len(pairs))
+    if args.selected and planted.any():                    # as in the selections of stage 4
+        s1.print0(f"{planted.sum()} pairs with planted dirt are in no arm")
+        pool = np.flatnonzero(~planted)
+    arms, stem = list_arms(args, pairs, pool, arms), out / name
+    foretell(arms, args, settings, pairs, pool)
+    judge = (StandardJudge(args, device) if args.metrics == "standard" else s3.train_contrast(
+        test, 20 if args.smoke else s3.CONTRAST_STEPS, settings.seed))
+    x, other = (split.batch(np.arange(min(DRAWN, len(split))))[0] for split in (test, val))
     reference = moments(torch.cat([judge.embed_images(part)[0] for part in x.split(PART)]))
-    real = judge_images(judge, other, val.captions[:len(other)], reference)
+    real = judge_images(judge, other, val.names(np.arange(len(other)))[1], reference)
     floor = (f"{len(other)} real images that the judge has not seen: score {real['score']:.1f}, "
              f"match {real['match']:.0f} %, distance {real['distance']:.3f}")
     s1.print0(floor)
-    pairs = s1.keep_decoded(pairs, args.out)
-    results, samples, progress = run_all(stem, arms, steps, args, settings, pairs, test, judge,
+    if args.save_images:
+        save_images(Path(args.save_images) / "real", x, test)
+    results, samples, progress = run_all(stem, arms, args, settings, pairs, pool, test, judge,
                                          reference)
     table = tabulate(results, arms, floor)
     if s1.rank() == 0:
@@ -420,7 +405,7 @@ def main(args, device, arms=ARMS, name="results"):
 
 
 # ---- standard metrics: FID's Inception-v3, OpenAI's CLIP -------------------------------------
-WEIGHTS = {                # what: (address, SHA-256, the option that takes a local file instead)
+WEIGHTS = {                # what: (address, SHA-256)
     "inception": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                   "pt_inception-2015-12-05-6726825d.pth",
                   "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
@@ -431,24 +416,22 @@ WEIGHTS = {                # what: (address, SHA-256, the option that takes a lo
                    "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")}
 
 
-def find_weights(what, path):
-    """The file given, or the public one, fetched once into torch's cache and checked whole."""
-    if path:
-        if not Path(path).is_file():
-            raise SystemExit(f"--{what.replace('_', '-')} {path}: no such file")
-        return Path(path)
+def find_weights(what, folder):
+    """A public file: in `folder`, or fetched once into torch's cache. Its SHA-256 is checked, so
+    that what is read from it is known."""
     address, digest = WEIGHTS[what]
-    file = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
+    file = Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / address.rpartition("/")[2]
+    try:
+        if not folder and not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(address, str(file), hash_prefix=digest)
-        except (OSError, RuntimeError) as error:
-            raise SystemExit(f"{address} could not be fetched ({error}): get the file elsewhere "
-                             f"and name it with --{what.replace('_', '-')}")
-    with open(file, "rb") as data:
-        if hashlib.file_digest(data, "sha256").hexdigest() != digest:
-            raise SystemExit(f"{file} is not the public file (SHA-256 differs): delete it")
+        with open(file, "rb") as data:
+            found = hashlib.file_digest(data, "sha256").hexdigest()
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"{file} could not be read or fetched ({error}): get {address} elsewhere, "
+                         "and name its folder with --weights")
+    if found != digest:
+        raise SystemExit(f"{file} is not the public file (SHA-256 differs): delete it")
     return file
 
 
@@ -472,22 +455,8 @@ def build_inception():
     return net.eval().requires_grad_(False)
 
 
-def load_strictly(net, state, path):
-    """Load weights of which none may be missing, left over or of another shape."""
-    counters = {name: value for name, value in net.state_dict().items()
-                if name.endswith("num_batches_tracked")}
-    try:
-        net.load_state_dict({**counters, **state})
-    except RuntimeError as error:
-        raise SystemExit(f"{path} holds other weights: {str(error).splitlines()[1].strip()[:200]}")
-    return net
-
-
 def clip_tower(width, depth):
     """`depth` pre-norm transformer blocks, 64 numbers a head, with OpenAI's fast GELU."""
-    if width % 64 or width > 1024:
-        raise SystemExit(f"a CLIP of width {width} is none of OpenAI's, whose heads have 64 "
-                         "numbers: how many this one's have, its file does not say")
     block = nn.TransformerEncoderLayer(
         width, width // 64, 4 * width, dropout=0.0, batch_first=True, norm_first=True,
         activation=lambda h: h * torch.sigmoid(1.702 * h))
@@ -553,29 +522,12 @@ class Clip(nn.Module):
         return self.ln_final(h)[rows, ids.argmax(1)] @ self.text_projection
 
 
-def load_state(path):
-    """A state dict from a plain file of tensors, of which nothing is run, or from a TorchScript
-    archive such as ViT-B-32.pt.
-
-    torch.jit.load runs no Python that an archive holds, but TorchScript that asks to be run when it
-    is loaded: the public archive's hash is known, and who names one with --clip has to trust it.
-    """
-    try:
-        archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
-        if archive and any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            if damaged := archive.testzip():               # torch.jit.load looks at no checksum
-                raise ValueError(f"{damaged} in it is damaged")
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):
-                state = torch.jit.load(path, map_location="cpu").state_dict()  # deprecated
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise SystemExit(f"{path} is no file of weights: {' '.join(str(error).split())[:120]}")
-    named = state.items() if isinstance(state, dict) else []
-    tensors = {name: value for name, value in named if torch.is_tensor(value)}
-    if not tensors:
-        raise SystemExit(f"{path} holds no weights by name: save the network's state_dict alone")
-    return tensors
+def load_archive(path):
+    """The state dict of a TorchScript archive, in float32."""
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        state = torch.jit.load(path, map_location="cpu").state_dict()         # deprecated
+    return {name: value.float() for name, value in state.items()
+            if value.is_floating_point()}                  # not its three sizes
 
 
 @functools.cache
@@ -593,11 +545,7 @@ class ClipTokenizer:
     """
 
     def __init__(self, path):
-        data = Path(path).read_bytes()
-        try:
-            text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            raise SystemExit(f"{path} is no vocabulary of CLIP: {error}")
+        text = gzip.decompress(Path(path).read_bytes()).decode("utf-8")
         merges = [tuple(line.split()) for line in text.split("\n")[1:48895] if line]
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
         rest = [byte for byte in range(256) if byte not in plain]
@@ -644,29 +592,18 @@ class StandardJudge:
     def __init__(self, args, device):
         torch.backends.cudnn.allow_tf32 = False            # else features differ between GPUs
         torch.set_float32_matmul_precision("highest")      # (the arms train without TF32, too)
-        paths = {what: find_weights(what, getattr(args, what)) for what in WEIGHTS}
-        self.inception = load_strictly(build_inception(), load_state(paths["inception"]),
-                                       paths["inception"]).to(device)
+        paths = {what: find_weights(what, args.weights) for what in WEIGHTS}
+        self.inception, state = build_inception(), load_archive(paths["clip"])
+        self.inception.load_state_dict(torch.load(paths["inception"], weights_only=True))
         self.inception.fc = nn.Identity()                  # the 2048 features before the classes
-        state = {name: value.float() for name, value in load_state(paths["clip"]).items()
-                 if value.is_floating_point()}             # not its three sizes
-        try:
-            clip = Clip(state)
-        except (LookupError, ValueError, TypeError):
-            raise SystemExit(f"{paths['clip']} is not a CLIP with a vision transformer")
-        self.clip = load_strictly(clip, state, paths["clip"]).to(device).eval()
-        self.tokenize = ClipTokenizer(paths["clip_vocab"])
-        tokens, rows = len(self.tokenize.ids) + 2, len(self.clip.token_embedding.weight)
-        if tokens != rows:
-            raise SystemExit(f"{paths['clip_vocab']} has {tokens} tokens, {paths['clip']} has "
-                             f"{rows} rows for them: give the vocabulary that it was trained with")
+        self.clip = Clip(state)
+        self.clip.load_state_dict(state)
+        self.inception, self.clip = self.inception.to(device), self.clip.to(device).eval()
+        self.tokenize, self.device = ClipTokenizer(paths["clip_vocab"]), device
         side, patch = self.clip.visual.positional_embedding, self.clip.visual.conv1.kernel_size[0]
-        self.size, self.device = round((len(side) - 1) ** 0.5) * patch, device
+        self.size = round((len(side) - 1) ** 0.5) * patch
         s1.print0(f"CLIP ViT, width {side.shape[1]}, patch {patch}, {self.size} px: score = 100 "
                   "cos (other tools print 2.5 max(cos, 0)); FID with the Inception-v3 of 2015")
-        if args.clip:
-            s1.print0(f"{args.clip} does not say with which activation it was trained: QuickGELU "
-                      "is taken, as in OpenAI's; weights trained with plain GELU get another score")
 
     @torch.no_grad()
     def embed_pixels(self, images):
@@ -695,91 +632,6 @@ class StandardJudge:
         ids = self.tokenize(captions).to(self.device)
         return F.normalize(torch.cat([self.clip.encode_text(part) for part in ids.split(256)]),
                            dim=1)
-
-
-# ---- the evaluation as a tool: nothing is trained --------------------------------------------
-class Moments:
-    """Mean and covariance of features in one pass, float64, over all processes."""
-
-    def __init__(self, width):
-        self.sums = torch.zeros(width + 1, width + 1, dtype=torch.float64)    # of [1 f]^T [1 f]
-
-    def add(self, f):                                                         # (B, d)
-        f = F.pad(f.double().cpu(), (1, 0), value=1)
-        self.sums += f.T @ f
-
-    def finish(self):
-        """Count, mean (d,) and covariance (d, d) with N - 1."""
-        sums = s1.add_up(self.sums.clone()).numpy()
-        n, mu = sums[0, 0], sums[0, 1:] / sums[0, 0]
-        if n < 2:
-            raise SystemExit(f"{n:.0f} image(s): a covariance needs at least two")
-        return int(n), mu, (sums[1:, 1:] - n * np.outer(mu, mu)) / (n - 1)
-
-
-def measure_images(judge, path, out, batch_size=50):
-    """Moments of all images in `path`, and the cosines of the captioned ones of all processes."""
-    shards, skipped = s1.open_pairs(path, 0, 0, out), {}
-    found, cosines, rows = Moments(2048), [], np.arange(s1.rank(), len(shards), s1.world())
-    for part in np.split(rows, range(batch_size, len(rows), batch_size)):
-        batch = []
-        for key, files in map(shards.read, part):
-            try:
-                image = s1.open_image(files[s1.of_types(files, s1.IMAGE_TYPES)[0]])
-                captions, _ = s1.list_captions(files)
-                batch.append((image_ops.pil_to_tensor(image), (captions or [""])[0]))
-            except Exception:                              # decoders of broken files raise anything
-                skipped["unreadable image", key] = 1
-        if batch:
-            f, unit = judge.embed_pixels([image for image, _ in batch])
-            found.add(f)
-            named = [k for k, (_, caption) in enumerate(batch) if caption]
-            text = judge.embed_captions([batch[k][1] for k in named]) if named else unit[:0]
-            cosines += (unit[named] * text).sum(1).tolist()
-    s1.print_skipped(dict.fromkeys(s1.gather_lists([*skipped])))
-    return found, s1.gather_lists(cosines)
-
-
-def read_statistics(path):
-    """mu (2048,) and sigma (2048, 2048) of an .npz, as pytorch-fid writes it."""
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            mu, S = saved["mu"], saved["sigma"]
-        sound = S.shape == (2048, 2048) and mu.shape == (2048,) and np.isfinite(S.sum() + mu.sum())
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
-        sound = False
-    if not sound:
-        raise SystemExit(f"{path} is no .npz of statistics: mu (2048 numbers) and sigma (2048 x "
-                         "2048) are needed, as pytorch-fid and --save-statistics write them")
-    return mu, S
-
-
-def evaluate_files(args, device):
-    """FID of --evaluate against --reference, and the CLIP score of the captioned images."""
-    for path in filter(None, (args.evaluate, args.reference)):
-        s1.list_files(path, None, {})
-    saved = (args.reference or "").lower().endswith(".npz") and read_statistics(args.reference)
-    if args.save_statistics and not Path(args.save_statistics).absolute().parent.is_dir():
-        raise SystemExit(f"--save-statistics {args.save_statistics}: there is no such folder")
-    judge = StandardJudge(args, device)
-    found, cosines = measure_images(judge, args.evaluate, args.out)
-    if cosines:
-        error = np.std(cosines) / len(cosines) ** 0.5
-        s1.print0(f"CLIP score {100 * np.mean(cosines):.3f} +- {100 * error:.3f} (standard error) "
-                  f"of {len(cosines)} captioned images")
-    if args.save_statistics or args.reference:
-        n, mu, S = found.finish()
-    else:
-        s1.print0(f"{s1.add_up(found.sums[0, 0]):.0f} images; --reference would give their FID"
-                  + ("" if cosines else ", captions beside them a CLIP score"))
-    if args.save_statistics and s1.rank() == 0:
-        with s1.atomic_file(args.save_statistics, "wb") as file:
-            np.savez(file, mu=mu, sigma=S, count=n)
-    if args.reference:
-        reference = saved or measure_images(judge, args.reference, args.out)[0].finish()[1:]
-        fid = max(frechet_distance(mu, S, *reference), 0.0)
-        few = " (fewer images than 2049: the bias of a small sample outweighs most differences)"
-        s1.print0(f"FID {fid:.4f} of {n} images{few if n < 2049 else ''}")
 
 
 if __name__ == "__main__":

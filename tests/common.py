@@ -22,14 +22,28 @@ def ruled(signal, rule, keep, rank_by="rating", note=""):
                   RULES[rule], keep, settings, rank_by)
 
 
+def collect(pairs, words=8):
+    """Pairs in memory, of an iterable of (key, image, caption, stratum) such as draw_toy's."""
+    keys, images, captions, strata = zip(*pairs)
+    return s1.Pairs(np.stack(images), s1.tokenize(captions, words), list(zip(keys, captions)),
+                    np.array(strata, "S15"), np.arange(len(keys)))
+
+
+def draw_splits(settings):
+    """The toy's splits train, val and test, as stage 1 prepares them with these options."""
+    counts = s1.SMOKE_PAIRS if settings.smoke else s1.TOY_PAIRS
+    return [collect(s1.draw_toy(n, settings.size, settings.seed, split), settings.words)
+            for split, n in counts.items()]
+
+
 @functools.lru_cache(maxsize=None)
 @torch.enable_grad()
 def warm_up(seed, smoke):
     """Settings, splits (train, val, test) and warm proxy, as 01_proxy.py --seed `seed` has them."""
     settings = s1.parse_args(["--seed", str(seed)] + ["--smoke"] * smoke)
     torch.manual_seed(seed)
-    splits = s1.load_data(settings, "cpu")
-    proxy = s1.build_proxy(settings, "cpu")
+    splits = draw_splits(settings)
+    proxy = s1.build_proxy(settings, torch.device("cpu"))
     s1.train(proxy, splits[0], settings.steps, settings.batch_size, settings.lr, seed)
     return settings, splits, proxy
 
