@@ -12,20 +12,18 @@ weights.
 Differs from the paper: the proxy is a diffusion transformer (DiT) in pixel space trained by
 rectified flow; the paper's is a 0.3 B scale-wise autoregressive model. Eq. 4 steps by AdamW.
 
-The pairs are read once, into arrays in out/pairs that all later stages map into memory: a pair is
-its row there, and its source may go. *Training* pairs are rated. *Validation* pairs are trusted and
-take part in eq. 5. *Test* pairs are trusted, too, and only stage 5 and its judge see them.
+The pairs are read once, into arrays in out/pairs that all stages map into memory: a pair is its row
+there. *Training* pairs are rated. *Validation* pairs are trusted and take part in eq. 5. *Test*
+pairs are trusted, too, and only stage 5 and its judge see them.
 
 The method reads as far as `main`. What comes after it can be skipped: readers of real pairs, and
-plumbing for all five stages. Of that, these names stand in the method: `Pairs` (pictures, and
-captions that `tokenize` made into numbers), `draw_batches` (rows, batch after batch), `mine` (this
-process's share of a batch; with one process, all of it), `average_gradients` (over processes),
-`seeded` (random numbers by seed and step) and `Progress` (a loop that may be killed and continued).
+plumbing. Of that, these names stand in the method: `Pairs` (pictures, and captions as numbers),
+`draw_batches` (rows, batch after batch), `mine` (this process's share of a batch), `seeded` (random
+numbers by seed and step) and `Progress` (a loop that may be killed and continued).
 
 Shapes: B pairs in a batch, T words, P patches, D width, N pairs in the corpus.
 
-Writes   out/pairs/ (the pairs as arrays), out/proxy.pt (the weights of theta_hat), out/proxy.json
-         (the options), out/proxy.csv, out/proxy.png
+Writes   out/pairs/, out/proxy.pt (theta_hat), .json (the options), .csv (the loss)
 Run      python 01_proxy.py                                   toy pairs, 15 s on two cores
          python 01_proxy.py --data 'DIR/train-*.tar' --val CURATED --size 32 --width 96
          torchrun --nproc-per-node 2 -- 01_proxy.py           same global batch, cut over processes
@@ -46,15 +44,12 @@ import re
 import shutil
 import sys
 import tarfile
-import textwrap
 import time
 import unicodedata
-import warnings
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -65,10 +60,6 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
-matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False             # a $ in a name is a $
-import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
-
 VOCABULARY = 2048          # rows of the word table, a word's row is its CRC-32: any language
 DEPTH = 3                  # blocks of the proxy
 T_SHIFT = 1.2              # added: t = sigmoid(normal + 1.2) where captions matter, mean 0.74
@@ -78,11 +69,6 @@ SMOKE_PAIRS = {"train": 256, "val": 64, "test": 64}
 HELD_OUT = 20000           # trusted pairs at most, half for validation and half for the test
 DATASETS = ("FashionMNIST", "MNIST", "CIFAR10", "CIFAR100")        # of torchvision
 DATASET_TRUSTED = 1000     # validation pairs, of their training split; twice as many test pairs
-
-
-class Machine:
-    """How the networks are run, not what they compute: `build_proxy` sets it from the options."""
-    bf16 = False
 
 
 # ---- the proxy: a small diffusion transformer ------------------------------------------------
@@ -127,7 +113,7 @@ class DiT(nn.Module):
                              f"--width {width} by 4")
         self.patch, self.words = patch, words
         heads = next(n for n in range(max(4, width // 64), 0, -1) if width % n == 0)
-        self.to_patch = nn.Linear(3 * patch ** 2, width)
+        self.to_patch = nn.Conv2d(3, width, patch, stride=patch)
         self.from_patch = nn.Linear(width, 3 * patch ** 2)
         self.word = nn.Embedding(VOCABULARY, width)                           # row 0: no word
         self.position = nn.Parameter(0.2 * torch.randn(1, words + (size // patch) ** 2, width))
@@ -141,23 +127,13 @@ class DiT(nn.Module):
     def forward(self, x, t, c):                            # (B, 3, H, W), (B,), (B, T)
         word = self.word(c)                                                   # (B, T, D)
         cond = self.time(time_features(t, word.shape[-1])) + word.mean(1)     # (B, D)
-        h = torch.cat([word, self.to_patch(patchify(x, self.patch))], 1) + self.position
+        patches = self.to_patch(x).flatten(2).transpose(1, 2)                 # (B, P, D)
+        h = torch.cat([word, patches], 1) + self.position                     # (B, T + P, D)
         for block in self.blocks:
             h = block(h, cond)                                                # (B, T + P, D)
-        h = self.from_patch(self.norm(h[:, self.words:]))                     # (B, P, 3 p p)
-        return unpatchify(h, self.patch, x.shape[-1])                         # (B, 3, H, W)
-
-
-def patchify(x, p):
-    """(B, 3, H, W) -> (B, P, 3 p p), row by row."""
-    B, C, H, W = x.shape
-    return x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
-
-
-def unpatchify(h, p, size):
-    """(B, P, 3 p p) -> (B, 3, size, size), the inverse of `patchify`."""
-    n = size // p
-    return h.view(-1, n, n, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, size, size)
+        h = self.from_patch(self.norm(h[:, self.words:])).transpose(1, 2)     # (B, 3 p p, P)
+        side = x.shape[-1] // self.patch
+        return F.pixel_shuffle(h.unflatten(2, (side, side)), self.patch)      # (B, 3, H, W)
 
 
 def time_features(t, width):
@@ -169,10 +145,11 @@ def time_features(t, width):
 
 def build_proxy(settings, device):
     """The network that the options of this stage describe, with fresh weights."""
-    Machine.bf16 = (device.type == "cuda" and not settings.fp32
-                    and torch.cuda.is_bf16_supported(including_emulation=False))
+    net = DiT(settings.size, settings.patch, settings.width, DEPTH, settings.words).to(device)
+    net.bf16 = (device.type == "cuda" and not settings.fp32
+                and torch.cuda.is_bf16_supported(including_emulation=False))
     torch.set_float32_matmul_precision("highest" if settings.fp32 else "high")         # TF32
-    return DiT(settings.size, settings.patch, settings.width, DEPTH, settings.words).to(device)
+    return net
 
 
 # ---- rectified flow: the loss L, its noise, the sampler --------------------------------------
@@ -184,8 +161,8 @@ def flow_loss(net, x, c, t, eps):
 
 
 def velocity(net, x_t, t, c):
-    """What `net` predicts, like x_t. This forward pass alone may run in bfloat16."""
-    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=Machine.bf16):
+    """What `net` predicts, like x_t. This forward pass alone may run in bfloat16, on a GPU."""
+    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=getattr(net, "bf16", False)):
         return net(x_t, t, c).to(x_t.dtype)
 
 
@@ -366,10 +343,10 @@ def parse_args(argv=None):
         lr=(2e-3, "of the warm-up"), seed=(0, "of every random draw, in all stages"),
         fp32=(False, "no bf16 or TF32 on a GPU, in all stages"))
     read_plant(args.plant)
-    if args.val and args.data in ("toy", *DATASETS):
+    if args.val and args.data in ("own", "toy", *DATASETS):
         raise SystemExit(f"--val goes with files: --data {args.data} has trusted pairs of its own")
     for name in ("data", "val", "root"):                   # the same folder, wherever a stage runs
-        if vars(args)[name] not in ("", "toy", *DATASETS):
+        if vars(args)[name] not in ("", "own", "toy", *DATASETS):
             setattr(args, name, os.path.abspath(os.path.expanduser(vars(args)[name])))
     return args
 
@@ -387,38 +364,20 @@ def main(args, device):
     save(out / "proxy.pt", "01_proxy.py", [made], args, ref.state_dict())
     write_csv(out / "proxy.csv", ["step", "loss", "grad_norm"],
               [(k, *row) for k, row in enumerate(progress.log, 1)])
-    verdict = say("captions are {}read", read_captions(ref, val, args.seed), 0.5, 0.75,
-                  "more --steps, a smaller --size, fewer --words or more pairs would help")
-    draw_figure(out / "proxy.png", ref, [loss for loss, _ in progress.log], test, args.seed,
-                verdict)
     progress.finish()
-    print0(verdict)
-    print0(f"wrote {out}/proxy.pt, .json, .csv, .png: {sum(p.numel() for p in ref.parameters()):,}"
+    print0(say("captions are {}read", read_captions(ref, val, args.seed), 0.5, 0.75,
+               "more --steps, a smaller --size, fewer --words or more pairs would help"))
+    print0(f"wrote {out}/proxy.pt, .json, .csv: {sum(p.numel() for p in ref.parameters()):,}"
            f" parameters, {args.steps} steps in {progress.seconds:.0f} s")
 
 
-def draw_figure(path, ref, losses, test, seed, verdict):
-    """The loss, smoothed over 25 steps, and what theta_hat draws for eight captions."""
-    rows = np.arange(8) % len(test)
-    x, c = test.batch(rows)
-    eps = torch.randn(x.shape, generator=seeded(x.device, seed, "figure"), device=x.device)
-    figure, axes = plt.subplot_mosaic("L0123;L4567", figsize=(10, 4), layout="constrained",
-                                      width_ratios=[3, 1, 1, 1, 1])
-    left, window = axes.pop("L"), min(25, len(losses))
-    smooth = np.convolve(losses, np.ones(window) / window, "valid")
-    left.plot(np.arange(len(smooth)) + window, smooth, color="black")
-    left.set(xlabel="warm-up step", ylabel="loss of theta_hat", ylim=(0, None))
-    left.set_title(verdict.split(":")[0], fontsize=9)
-    show_pictures(list(axes.values()), sample(ref, c, eps), test.names(rows)[1])
-    save_figure(figure, path)
-
-
 # ---- pairs: prepared once, mapped afterwards -------------------------------------------------
-# Whoever has pairs in another layout writes these files (.assets/own.md shows it in few lines):
-#   images.npy (M, 3, S, S) uint8    tokens.npy (M, T) int16    texts.jsonl: ["key", "caption"] a pair
-#   entries.npy (M,) of ENTRY        train.npy, val.npy, test.npy: rows of these arrays
-#   made.json: the options that it was made with; written last
-ENTRY = np.dtype([("key", "u8"), ("pixels", "u8"), ("begin", "i8"), ("stratum", "S15")])
+# For pairs in another layout a script writes these files (.assets/own.md has one), for --data own:
+#   images.npy (M, 3, S, S) uint8, tokens.npy (M, T) int16, entries.npy (M,) of ENTRY
+#   texts.jsonl, a JSON string a line: entries say at which byte a key and a caption begin
+#   train.npy, val.npy, test.npy: rows of these arrays; made.json: {"data": "own"}
+ENTRY = np.dtype([("hash", "u8"), ("pixels", "u8"), ("key", "i8"), ("caption", "i8"),
+                  ("stratum", "S15")])                     # hashes of key and picture
 PREPARED = ("data", "val", "pairs", "plant", "root", "size", "words", "seed", "smoke")
 TASK, TOY_TASK = 2048, 20000           # pairs that a core reads or draws at a time
 LEAST = {"train": 32, "val": 8, "test": 8}                 # pairs of a split
@@ -443,8 +402,8 @@ class Pairs:
     """N image-text pairs: rows of arrays in memory, or of the files of `prepare`, mapped."""
     images: np.ndarray         # (M, 3, H, W) uint8
     tokens: np.ndarray         # (M, T) int16
-    texts: object              # texts[row] is (key, caption)
-    stratum: np.ndarray        # (M,) bytes, names for the analysis, or b""
+    entries: np.ndarray        # (M,) of ENTRY
+    texts: bytes               # JSON strings, a line each
     rows: np.ndarray           # (N,)
     device: object = "cpu"
 
@@ -461,41 +420,25 @@ class Pairs:
         """Some of the pairs, as Pairs."""
         return replace(self, rows=self.rows[rows])
 
-    def names(self, rows=slice(None)):
-        """Keys and captions, a list each."""
-        return [[self.texts[row][k] for row in self.rows[rows]] for k in range(2)]
+    def read(self, what, rows=slice(None)):
+        """The texts `key` or `caption` of these pairs."""
+        begins = self.entries[what][self.rows[rows]].tolist()
+        return [json.loads(self.texts[k:self.texts.find(b"\n", k)]) for k in begins]
 
     def strata(self, rows=slice(None)):
-        return self.stratum[self.rows[rows]].astype("U15")                    # (B,)
-
-
-class Texts:
-    """texts[row]: the key and the caption of a row of the arrays in `folder`."""
-
-    def __init__(self, folder):
-        self.begins = np.load(folder / "entries.npy", mmap_mode="r")["begin"]
-        with open(folder / "texts.jsonl", "rb") as file:
-            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def __getitem__(self, row):
-        begin = int(self.begins[row])
-        return json.loads(self.data[begin:self.data.find(b"\n", begin)])
-
-
-def collect(pairs, words=8):
-    """Pairs in memory, of an iterable of (key, image, caption, stratum)."""
-    keys, images, captions, strata = zip(*pairs)
-    return Pairs(np.stack(images), tokenize(captions, words), list(zip(keys, captions)),
-                 np.array(strata, "S15"), np.arange(len(keys)))
+        """Names for the analysis (B,), or ""."""
+        return self.entries["stratum"][self.rows[rows]].astype("U15")
 
 
 def open_pairs(folder, split="train", device="cpu"):
     """One split of the pairs in `folder`, as Pairs."""
     if not (folder / "made.json").exists():
         raise SystemExit(f"{folder} is missing: run 01_proxy.py with the same --out first")
-    images, tokens, entries, rows = (np.load(folder / f"{name}.npy", mmap_mode="r")
-                                     for name in ("images", "tokens", "entries", split))
-    return Pairs(images, tokens, Texts(folder), entries["stratum"], rows, device)
+    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r")
+              for name in ("images", "tokens", "entries", split)]
+    with open(folder / "texts.jsonl", "rb") as file:
+        texts = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return Pairs(*arrays[:3], texts, arrays[3], device)
 
 
 def prepare(folder, args):
@@ -507,15 +450,16 @@ def prepare(folder, args):
     if rank() == 0:
         part, old, skipped = Path(f"{folder}.part"), read_json(folder / "made.json"), []
         tasks, stamp = list_tasks(args, skipped)
-        made = {name: vars(args).get(name) for name in PREPARED} | {"files": stamp}
-        changed = ", ".join(name for name in made if old.get(name) != made[name])
+        made = {name: vars(args).get(name) for name in PREPARED} | {"files": stamp,
+                                                                   "form": repr(ENTRY)}
+        changed = ", ".join(name for name in made if old.get(name) != made[name] and tasks)
         if changed:
             if old:
                 print0(f"{folder} was made with other {changed}: it is made anew")
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            print0(f"{folder}: a pair takes {(3 * args.size ** 2 + 2 * args.words + 150) / 1000:.1f}"
-                   f" KB of disk, {shutil.disk_usage(part).free / 1e9:.1f} GB are free")
+            print0(f"{folder}: {3 * args.size ** 2 + 2 * args.words + 150} bytes of disk a pair, "
+                   f"{shutil.disk_usage(part).free / 1e9:.1f} GB are free")
             split_rows(part, read_tasks(part, tasks, args, skipped), args)
             if made["plant"]:
                 plant_pairs(part, args)
@@ -530,6 +474,8 @@ def prepare(folder, args):
 def list_tasks(args, skipped):
     """[(label, reader, its arguments)] for all pairs that the options name, and digits for the
     names, sizes and times of their files. The label is a split; `data` or `val` for files."""
+    if args.data == "own":
+        return [], ""
     if args.data == "toy":
         counts = {**(SMOKE_PAIRS if args.smoke else TOY_PAIRS)}
         counts["train"] = args.pairs or counts["train"]
@@ -561,7 +507,8 @@ def read_tasks(folder, tasks, args, skipped):
         texts, *files = (stack.enter_context(open(folder / name, "wb")) for name in (
             "texts.jsonl", "images.npy", "tokens.npy", "entries.npy"))
         for k, (images, tokens, entries, lines, left_out) in enumerate(parts, 1):
-            entries["begin"] = texts.tell() + np.cumsum(entries["begin"]) - entries["begin"]
+            for what in ("key", "caption"):
+                entries[what] += texts.tell()
             texts.write(lines)
             counts.append(len(entries))
             for file, rows in zip(files, (images, tokens, entries)):
@@ -586,9 +533,9 @@ def append(file, rows, total):
 
 
 def read_task(task, args):
-    """Arrays, lines and [(reason, name)] of what was skipped of one task. No torch is used here,
+    """Arrays, texts and [(reason, name)] of what was skipped of one task. No torch is used here,
     whose threads a forked worker does not have."""
-    images, captions, lines, entries, skipped = [], [], [], [], []
+    images, captions, entries, texts, skipped = [], [], [], [], []
     _, reader, arguments = task
     for key, image, caption, stratum in reader(*arguments):
         if image is None:
@@ -596,53 +543,48 @@ def read_task(task, args):
             continue
         images.append(image)
         captions.append(caption)
-        lines.append(json.dumps([key, caption], ensure_ascii=False).encode() + b"\n")
-        entries.append((hash64(key.encode()), hash64(image.tobytes()), len(lines[-1]),
+        texts += [json.dumps(text, ensure_ascii=False).encode() + b"\n" for text in (key, caption)]
+        entries.append((hash64(key.encode()), hash64(image.tobytes()), 0, 0,
                         stratum.encode("ascii", "replace")))
+    entries, ends = np.array(entries, ENTRY), np.cumsum([0, *map(len, texts)])
+    entries["key"], entries["caption"] = ends[:-1:2], ends[1::2]
     return (np.array(images, np.uint8).reshape(-1, 3, args.size, args.size),
-            tokenize(captions, args.words), np.array(entries, ENTRY), b"".join(lines), skipped)
+            tokenize(captions, args.words), entries, b"".join(texts), skipped)
 
 
 def split_rows(folder, labels, args):
     """Write the rows of every split, of pairs with these labels (M,): of one key the first."""
     entries, splits = np.load(folder / "entries.npy"), {}
+    keys = entries["hash"]
     for label in dict.fromkeys(labels):
         found = np.flatnonzero(labels == label)
-        splits[label] = np.sort(found[np.unique(entries["key"][found], return_index=True)[1]])
+        splits[label] = np.sort(found[np.unique(keys[found], return_index=True)[1]])
         again = np.setdiff1d(found, splits[label])
         if len(again):
-            print0(f"skipped {len(again)} (comes twice), first {Texts(folder)[again[0]][0]}")
+            print0(f"skipped {len(again)} (comes twice), the first of them pair {again[0] + 1}")
     corpus = splits.pop("data", labels[:0])
     if "val" not in args:
         splits = {"train": corpus}
     elif args.val:
-        val, test, _ = deal(splits.get("val", corpus[:0]), entries["key"], 1, args.seed)
-        splits = {"train": corpus, "val": val, "test": test}
+        splits["val"], splits["test"], _ = deal(splits.get("val", corpus[:0]), keys, 1, args.seed)
+        splits["train"] = corpus
     elif "train" not in splits:
-        splits = dict(zip(("val", "test", "train"), deal(corpus, entries["key"], 0.1, args.seed)))
+        splits = dict(zip(("val", "test", "train"), deal(corpus, keys, 0.1, args.seed)))
         print0("no --val: part of the corpus is held out instead. Validation no better than the "
                "corpus can only ask eq. 6 for more of the same; give it pairs you trust.")
-    if vars(args).get("pairs"):
-        order = np.argsort(entries["key"][splits["train"]])
-        splits["train"] = np.sort(splits["train"][order[:args.pairs]])
+    if vars(args).get("pairs"):                            # any part of them, whatever is added
+        lots = np.argsort(keys[splits["train"]])[:args.pairs]
+        splits["train"] = splits["train"][np.sort(lots)]
     for split, rows in splits.items():
         least = max(LEAST[split], vars(args).get("batch_size", 0))
         if len(rows) < least:
-            raise SystemExit(f"the {split} split has {len(rows)} readable pairs, fewer than {least}:"
-                             " add pairs" + ", or lower --batch-size" * (least > LEAST[split]))
+            raise SystemExit(f"the {split} split has {len(rows)} readable pairs, fewer than {least}"
+                             ": add pairs" + ", or lower --batch-size" * (least > LEAST[split]))
         np.save(folder / f"{split}.npy", rows)
-    compare_trusted(entries, **splits)
-
-
-def compare_trusted(entries, train, val=(), test=()):
-    """Say how many trusted pairs are training pairs, too."""
-    held = np.concatenate([train[:0], val, test]).astype(int)
-    for what in ("key", "pixels"):
-        trained, trusted = entries[what][train], entries[what][held]
-        n = np.isin(trusted, np.intersect1d(trained, trusted)).sum()          # few in few
-        if n:
-            print0(f"{n} trusted pairs have the {what} of a training pair: take them out of --data, "
-                   "or validation asks for what is trained on anyway")
+        shared = np.intersect1d(entries["pixels"][rows], entries["pixels"][splits["train"]])
+        if split != "train" and len(shared):
+            print0(f"{len(shared)} pictures of the {split} split are training pictures, too: take "
+                   "them out of --data, or trusted pairs ask for what is trained on anyway")
 
 
 def deal(rows, keys, share, seed):
@@ -664,20 +606,18 @@ def plant_pairs(folder, args):
     images, tokens, entries = (np.load(folder / f"{name}.npy", mmap_mode="r+")
                                for name in ("images", "tokens", "entries"))
     plant_pictures(images, rows, kind, rng)
-    texts = Texts(folder)
-    texts.begins = texts.begins.copy()                     # captions as they were
+    wrong, plain = rows[kind == 3], rows[kind == 1]
+    other = rng.choice(rows, len(wrong))                   # whose caption a pair gets
+    for _ in range(100):
+        same = (tokens[wrong] == tokens[other]).all(1)
+        other[same] = rng.choice(rows, same.sum())
+    if same.any():
+        raise SystemExit("--plant captions: nearly all pairs have one caption, so leave it out")
+    tokens[wrong], entries["caption"][wrong] = tokens[other], entries["caption"][other]
     with open(folder / "texts.jsonl", "ab") as file:
-        for row, turned in zip(rows, kind):
-            if turned not in (1, 3):
-                continue
-            key, caption = texts[row]
-            others = (texts[other][1] for other in rng.choice(rows, 100)) if turned == 3 else ()
-            new = next((other for other in others if other != caption),
-                       PLAIN_CAPTION if turned == 1 else "")
-            if not new:
-                raise SystemExit("--plant captions: nearly all pairs have one caption: leave it out")
-            entries["begin"][row], tokens[row] = file.tell(), tokenize([new], args.words)[0]
-            file.write(json.dumps([key, new], ensure_ascii=False).encode() + b"\n")
+        entries["caption"][plain] = file.tell()
+        tokens[plain] = tokenize([PLAIN_CAPTION], args.words)
+        file.write(json.dumps(PLAIN_CAPTION).encode() + b"\n")
     for k, (name, stratum) in enumerate(PLANTED.items(), 1):
         entries["stratum"][rows[kind == k]] = stratum.encode()
         print0(f"planted {(kind == k).sum()} of {name}")
@@ -696,8 +636,8 @@ def split_dataset(args):
         names = [name.removesuffix(".gz") for name, _ in getattr(kind, "resources", None)
                  or [*kind.train_list, *kind.test_list, (kind.meta["filename"], "")]]
         folder = Path(args.root) / getattr(kind, "base_folder", f"{args.data}/raw")
-        raise SystemExit(f"{args.data} could not be read or downloaded: put {', '.join(names)} into "
-                         f"{folder}, or name another --root ({' '.join(str(error).split())[:200]})")
+        raise SystemExit(f"{args.data} could not be read or downloaded: put {', '.join(names)} "
+                         f"into {folder}, or name another --root ({str(error).split(chr(10))[0]})")
     order, test_order = (rng.permutation(len(split)) for split in (data, test))
     trusted = min(DATASET_TRUSTED, len(data) // 5)
     return [("train", data, np.sort(order[trusted:])), ("val", data, order[:trusted]),
@@ -721,14 +661,13 @@ def name_class(name):
 # ---- reading real pairs: WebDataset tars, folders, a table ------------------------------------
 IMAGE_TYPES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 TEXT_TYPES = (".txt", ".caption", ".json")                 # of several in a pair, the first type
-TABLE_TYPES = (".csv", ".jsonl")
 CAPTION_NAMES = ("caption", "text", "prompt")
 FILE_NAMES = ("file_name", "image", "filename", "path")    # columns of a table
 NO_CAPTION = ("", "nan", "none", "null", "n/a")
-LAYOUTS = ("a pair is a picture and a .txt, .caption or .json of the same name in a folder or a tar, "
-           f"or a row of the folder's one .csv or .jsonl, with a column {' or '.join(FILE_NAMES)} "
-           f"and one of {', '.join(CAPTION_NAMES)}; .assets/own.md has a script for other layouts")
-SPLIT = re.compile(r"(?s)(?:\./)?((?:.*/)?[^./]*)(.*)")      # a name: its key, its suffix
+LAYOUTS = ("a pair is a picture and a .txt, .caption or .json of the same name in a folder or tar, "
+           f"or a row of the folder's only .csv or .jsonl, with columns {' or '.join(FILE_NAMES)}, "
+           f"and {' or '.join(CAPTION_NAMES)}; .assets/own.md has a script for other layouts")
+SPLIT = re.compile(r"(?s)(?:\./)?((?:.*/)?[^./]*)(.*)")    # a name: its key, its suffix
 CONTROLS = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 UNSAFE = re.compile(r"(?s)[/\\]|.:|(.*[/\\])?\.\.([/\\]|$)|.*[\0-\x1f\x7f-\x9f\u2028\u2029]")
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 30      # not used, no fault
@@ -746,22 +685,18 @@ def list_sources(path, skipped):
     tars = [file for file in files if re.search(r"(^|/)[^./][^/]*\.tar$", file, re.I)]
     if tars:
         return tars, files
-    tables = {file: {name: 0 for _, row in itertools.islice(read_rows(file), 100) for name in row}
-              for file in files if file.lower().endswith(TABLE_TYPES)}
-    fitting = [table for table, columns in tables.items()
-               if find(columns, FILE_NAMES) and find(columns, CAPTION_NAMES)]
-    if len(fitting) > 1:
-        raise SystemExit(f"{fitting[0]} and {fitting[1]} are both tables of pairs: name a folder "
-                         "that holds one")
+    tables = [file for file in files if file.lower().endswith((".csv", ".jsonl"))]
     named = [(os.path.relpath(file, os.path.commonpath(places)).replace(os.sep, "/"),
               Path(file).read_bytes) for file in files]
-    pairs = [*(read_table(fitting[0], files, skipped) if fitting else
-               group_files(sorted(named, key=lambda item: SPLIT.match(item[0]).groups()), skipped))]
+    pairs = [*read_table(tables[0], files, skipped)] if len(tables) == 1 else []
+    pairs = pairs or [*group_files(sorted(named, key=lambda item: SPLIT.match(item[0]).groups()),
+                                   skipped)]
     if not any(of_types(pair, TEXT_TYPES) and of_types(pair, IMAGE_TYPES) for _, pair in pairs):
-        found = [f"{len(of_types(files, types))} {kind}" for kind, types in
-                 (("pictures", IMAGE_TYPES), ("texts", TEXT_TYPES))]
-        found += [f"{table} with columns {', '.join(tables[table])}" for table in tables]
-        raise SystemExit(f"{path}: no pair in {', '.join(found)}: {LAYOUTS}")
+        raise SystemExit(
+            f"{path}: no pair among {len(of_types(files, IMAGE_TYPES))} pictures, "
+            f"{len(of_types(files, TEXT_TYPES))} texts and {len(tables)} tables" + "".join(
+                f", {table} which begins with {open(table, 'rb').readline()[:100]}"
+                for table in tables) + f": {LAYOUTS}")
     return [pairs[k:k + TASK] for k in range(0, len(pairs), TASK)], files
 
 
@@ -798,50 +733,40 @@ def group_files(files, skipped):
     in WebDataset, the key is the name up to its first dot."""
     def is_sound(file):
         name = file[0].removeprefix("./")
-        reason = "unsafe name" if UNSAFE.match(name) else "hidden file" if "/." in f"/{name}" else ""
-        skipped.extend([(reason, name)] * bool(reason))
-        return not reason
-    for key, group in itertools.groupby(filter(is_sound, files), lambda file: SPLIT.match(file[0])[1]):
+        if UNSAFE.match(name) or "/." in f"/{name}":
+            skipped.append(("hidden file or unsafe name", name))
+            return False
+        return True
+    sound = filter(is_sound, files)
+    for key, group in itertools.groupby(sound, lambda file: SPLIT.match(file[0])[1]):
         yield (key.encode("utf-8", "backslashreplace").decode(),
                {SPLIT.match(name)[2].lower(): read for name, read in group})
 
 
-def read_rows(table):
-    """(line, row) of a .csv or .jsonl; {} for a row that does not fit it."""
-    with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        if table.lower().endswith(".jsonl"):
-            yield from enumerate(map(parse_json, file), 1)
-            return
-        rows = csv.DictReader(file, strict=True, skipinitialspace=True)
-        try:
-            for row in rows:
-                yield rows.line_num, {} if None in row or None in row.values() else row
-        except csv.Error:                                  # a quote is not closed
-            yield f"{rows.line_num} and all after it", {}
-
-
 def read_table(table, files, skipped):
     """(key, {suffix: function that reads it}) of the rows of a table, whose pictures are among
-    `files`: under the path that it gives, or else under that name."""
-    by_name = {os.path.basename(file): file for file in files} | {file: file for file in files}
-    for line, row in read_rows(table):
-        name = str(row.get(find(row, FILE_NAMES)))
-        path = os.path.normpath(os.path.join(os.path.dirname(table), name))
-        file = by_name.get(path) or by_name.get(os.path.basename(name))
-        if not row or UNSAFE.match(name):
-            skipped.append(("row that does not fit its table", f"{table}, line {line}"))
-        elif not file:
-            skipped.append(("image file missing", f"{table}, line {line}: {name}"))
-        else:
-            kind = os.path.splitext(file)[1].lower()
-            note = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogateescape")
-            yield (os.path.splitext(name)[0].encode("utf-8", "backslashreplace").decode(), {
-                kind if kind in IMAGE_TYPES else ".jpg": Path(file).read_bytes,
-                ".json": functools.partial(bytes, note)})
-
-
-def find(row, names):
-    return next((name for name in names if name in row), None)
+    `files`: under the path that it gives, or else anywhere under that name."""
+    by_name, k = {os.path.basename(file): file for file in files} | dict(zip(files, files)), 0
+    with (open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+          contextlib.suppress(csv.Error)):                 # a quote that is not closed: said below
+        rows = (map(parse_json, file) if table.lower().endswith(".jsonl") else
+                csv.DictReader(file, strict=True, skipinitialspace=True))
+        for k, row in enumerate(rows, 1):
+            name = next((row[column] for column in FILE_NAMES if column in row), None)
+            path = os.path.normpath(os.path.join(os.path.dirname(table), str(name)))
+            picture = by_name.get(path) or by_name.get(os.path.basename(path))
+            if None in (name, *row, *row.values()) or UNSAFE.match(name):
+                skipped.append(("row that does not fit its table", f"{table}, row {k}"))
+            elif not picture:
+                skipped.append(("image file missing", f"{table}, row {k}: {name}"))
+            else:
+                kind = os.path.splitext(picture)[1].lower()
+                note = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogateescape")
+                yield (os.path.splitext(name)[0].encode("utf-8", "backslashreplace").decode(), {
+                    kind if kind in IMAGE_TYPES else ".jpg": Path(picture).read_bytes,
+                    ".json": functools.partial(bytes, note)})
+        return
+    skipped.append(("row that does not fit its table", f"{table}, row {k + 1}, and all after it"))
 
 
 def read_pairs(source, size):
@@ -920,13 +845,8 @@ def decode_image(data, size):
     image.load()
     with contextlib.suppress(Exception):                   # broken EXIF: the pixels are sound
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":                              # of shares, or of 8, 12 or 16 bits
-        values = np.nan_to_num(np.asarray(image, float), posinf=0, neginf=0).clip(0)
-        levels = next((n for n in (256, 4096, 65536) if values.max() < n), np.inf)
-        pixels = values * (255 if values.max() <= 1 else 256 / levels)
-        if np.ptp(pixels) < 4 and len(np.unique(values)) > 4:                 # "no data" values
-            raise ValueError("its values have no known range")
-        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    if image.mode[0] in "IF":                              # what is white in them is not known
+        raise ValueError("one channel of more than 8 bits")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return shrink(image.convert("RGB"), size)
@@ -934,7 +854,8 @@ def decode_image(data, size):
 
 def shrink(image, size):
     """PIL image in RGB -> (3, size, size) uint8, of its largest square in the middle."""
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 # ---- plumbing for all five stages: batches, processes, files, options -------------------------
@@ -993,12 +914,6 @@ def add_up(tensor):
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
-
-
-def average(net):
-    """One network for all processes: the mean of theirs."""
-    weights = parameters_to_vector(net.parameters()).detach()
-    vector_to_parameters(add_up(weights) / world(), net.parameters())
 
 
 def gather(tensor):
@@ -1060,11 +975,10 @@ class Progress:
         self.saved = self.told = self.now
         if path and path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
-            for name, value in settings.items():
-                if state["settings"].get(name) != value and name != "out":
-                    raise SystemExit(
-                        f"{path} was begun with {name} = {state['settings'].get(name)}, not "
-                        f"{value}: finish that run first, or delete the file to begin anew")
+            other = [name for name in settings if state["settings"].get(name) != settings[name]]
+            if other and other != ["out"]:
+                raise SystemExit(f"{path} was begun with other {', '.join(other)}: finish that run "
+                                 "first, or delete the file to begin anew")
             vars(self).update(state)
             print0(f"continuing from {path}, step {self.step}")
 
@@ -1154,13 +1068,11 @@ def check(path):
     known = read_json(path.with_suffix(".json"))
     if path.suffix == ".json" or digest(path) not in (known.get("digest"), known.get("csv")):
         return {}
-    for parent in (path.parent / name for name in known["grew_from"]):
-        if parent.exists() and digest(parent) != known["grew_from"][
-                os.path.relpath(parent, path.parent)]:
+    for name, value in known["grew_from"].items():
+        parent = path.parent / name
+        if parent.exists() and (digest(parent) != value or check(parent) is None):
             raise SystemExit(f"{path} was made from another {parent} than is there now: run "
                              f"{known['written_by']} again, with the same --out")
-        if parent.exists():
-            check(parent)
     return known
 
 
@@ -1208,27 +1120,6 @@ def say(text, value, chance, good, cure):
         return f"{text.format('perhaps ')}: it cannot be told here, no two pairs differ in it"
     doubt = "" if value >= good else "hardly " if value >= (chance + good) / 2 else "not "
     return f"{text.format(doubt)}: {value:.2f} ({chance:g} is chance)" + (doubt and f"; {cure}")
-
-
-def show_pictures(axes, images, captions, letters=16):
-    """Images (K, 3, H, W) in [-1, 1] on K axes, their captions above, cut to fit."""
-    for axis, image, caption in zip(np.ravel(axes), images.cpu(), captions):
-        axis.imshow((image.permute(1, 2, 0).numpy() + 1) / 2)
-        title = textwrap.fill(textwrap.shorten(caption[:500], 3 * letters), letters)
-        axis.set_title(title, fontsize=7)
-        axis.axis("off")
-
-
-def legend_above(axis, columns=4):
-    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=columns,
-                frameon=False, columnspacing=1)
-
-
-def save_figure(figure, path):
-    if rank() == 0:
-        with atomic_file(path, "wb") as file, warnings.catch_warnings(action="ignore"):
-            figure.savefig(file, format="png", dpi=150, bbox_inches="tight")  # emoji have no glyph
-    plt.close(figure)
 
 
 def parse(argv, description, smoke=None, **defaults):

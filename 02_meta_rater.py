@@ -45,14 +45,20 @@ Run      python 02_meta_rater.py                        under a minute on two co
 import importlib
 import itertools
 import sys
+import textwrap
+import warnings
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
-from matplotlib import pyplot as plt
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False             # a $ in a name is a $
+import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 s1 = importlib.import_module("01_proxy")
@@ -71,8 +77,7 @@ class Rater(nn.Module):
 
     def __init__(self, size, patch, words, width=64, depth=2):
         super().__init__()
-        self.patch = patch
-        self.to_patch = nn.Linear(3 * patch ** 2, width)
+        self.to_patch = nn.Conv2d(3, width, patch, stride=patch)
         self.word = nn.Embedding(s1.VOCABULARY, width)
         self.position = nn.Parameter(0.2 * torch.randn(1, words + (size // patch) ** 2, width))
         layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, activation="gelu",
@@ -82,7 +87,7 @@ class Rater(nn.Module):
         self.group = nn.Sequential(nn.Linear(2 * width, 64), nn.GELU(), nn.Linear(64, 1))
 
     def features(self, x, c):                              # (B, 3, H, W), (B, T)
-        patches = self.to_patch(s1.patchify(x, self.patch))                   # (B, P, D)
+        patches = self.to_patch(x).flatten(2).transpose(1, 2)                 # (B, P, D)
         return self.encoder(torch.cat([self.word(c), patches], 1) + self.position).mean(1)  # (B, D)
 
     def logits(self, f):
@@ -158,7 +163,8 @@ def meta_step(nets, opts, train, val, rng, args, rest=False):
     L_theta = s1.flow_loss(nets["proxy"], x, seen, *noise)                    # (B,)
     L_hat = s1.flow_loss(nets["ref"], x, seen, *noise)                        # (B,)
     L_val = s1.flow_loss(nets["proxy"], x_val, c_val, *noise_val)             # (B,)
-    norm = s1.descend(L_val.mean() + (W * L_theta).sum(), nets["proxy"], opts["proxy"])  # eqs. 5, 10
+    loss = L_val.mean() + (W * L_theta).sum()
+    norm = s1.descend(loss, nets["proxy"], opts["proxy"])                     # eqs. 5, 10
     norm_hat = s1.descend((W * L_hat).sum(), nets["ref"], opts["ref"])        # eq. 5, no g_val
 
     gap = (L_theta - L_hat).detach().view_as(W_inst)       # eq. 6 holds both proxies fixed
@@ -290,7 +296,7 @@ def draw_figure(path, rows, seen, strata):
         left.plot(steps, middle, style, color=colour, label=stratum or unnamed)
         left.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     left.set(xlabel="meta step", ylabel="logit, centred (median, quartiles)")
-    s1.legend_above(left)
+    legend_above(left)
     table = np.array(rows)                                                    # (steps, 9)
     window = min(25, len(table))
     for column, style in (("ess", "-"), ("W_batch", "--"), ("logit_std", ":")):
@@ -298,8 +304,30 @@ def draw_figure(path, rows, seen, strata):
         right.plot(table[window - 1:, 0], np.convolve(values, np.ones(window) / window, "valid"),
                    style, color="black", label=column)
     right.set(xlabel="meta step", ylim=(0, None))
-    s1.legend_above(right)
-    s1.save_figure(figure, path)
+    legend_above(right)
+    save_figure(figure, path)
+
+
+# ---- figures of all stages -------------------------------------------------------------------
+def show_pictures(axes, images, captions, letters=16):
+    """Images (K, 3, H, W) in [-1, 1] on K axes, their captions above, cut to fit."""
+    for axis, image, caption in zip(np.ravel(axes), images.cpu(), captions):
+        axis.imshow((image.permute(1, 2, 0).numpy() + 1) / 2)
+        title = textwrap.fill(textwrap.shorten(caption[:500], 3 * letters), letters)
+        axis.set_title(title, fontsize=7)
+        axis.axis("off")
+
+
+def legend_above(axis, columns=4):
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=columns,
+                frameon=False, columnspacing=1)
+
+
+def save_figure(figure, path):
+    if s1.rank() == 0:
+        with s1.atomic_file(path, "wb") as file, warnings.catch_warnings(action="ignore"):
+            figure.savefig(file, format="png", dpi=150, bbox_inches="tight")  # emoji have no glyph
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -140,15 +140,10 @@ def score(nets, companions, pairs, path, seed, progress):
 
 def write_table(path, table, pairs):
     """The ratings for people: row, key, and the columns of the array."""
-    with s1.atomic_file(path) as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "key", *table.dtype.names])
-        for first in range(0, len(table), CHUNK):
-            rows = range(first, min(first + CHUNK, len(table)))
-            keys, _ = pairs.names(np.array(rows))
-            writer.writerows((row, key, *(f"{value:.6g}" for value in values), stratum.decode())
-                             for row, key, (*values, stratum) in
-                             zip(rows, keys, table[rows.start:rows.stop].tolist()))
+    keys = (pairs.read("key", [row])[0] for row in range(len(pairs)))
+    s1.write_csv(path, ["row", "key", *table.dtype.names], (
+        (row, key, *(f"{value:.6g}" for value in values), stratum.decode())
+        for row, (key, (*values, stratum)) in enumerate(zip(keys, map(np.void.item, table)))))
 
 
 def places(rating):
@@ -160,7 +155,7 @@ def places(rating):
 def rank_by(columns, names):
     """One rating (N,) of the table's columns `names`, joined by commas: minus the mean place. Of
     ref_loss and difference a low value is good."""
-    ratings = [-columns[name] if name in LOW_IS_GOOD else columns[name] for name in names.split(",")]
+    ratings = [columns[name] * (-1 if name in LOW_IS_GOOD else 1) for name in names.split(",")]
     return ratings[0] if len(ratings) == 1 else -np.mean([places(rating) for rating in ratings], 0)
 
 
@@ -222,7 +217,6 @@ def train_contrast(pairs, steps, seed, batch_size=128):
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
-    s1.average(net)                                        # GPUs may differ by rounding
     return net.eval().requires_grad_(False)
 
 
@@ -265,17 +259,6 @@ def judge_rating(strata, rating, trusted, signal):
         s1.print0(s1.say(f"{DIRT_NAMES[kind]} are {{}}found", area, 0.5, 0.8, eq9 or cure))
 
 
-def print_bands(strata, bands):
-    """The composition of every percentile band (rows), best first, as a Markdown table."""
-    names = [name for name in s1.STRATUM_COLOURS if name in set(strata)]
-    if names:
-        s1.print0("\n| percentile, 0 = rated highest | " + " | ".join(names) + " |\n"
-                  + "|---" * (len(names) + 1) + "|")
-        for k, rows in enumerate(bands):
-            shares = " | ".join(f"{np.mean(strata[rows] == name):.0%}" for name in names)
-            s1.print0(f"| {k * 100 // BANDS}-{(k + 1) * 100 // BANDS} | {shares} |")
-
-
 # ---- figures ---------------------------------------------------------------------------------
 def draw_histogram(path, rating, percentile, strata, trusted):
     """Ratings by stratum, with those of trusted pairs as a line, and what stands where."""
@@ -294,20 +277,21 @@ def draw_histogram(path, rating, percentile, strata, trusted):
         axis.set(xlabel=label, ylabel="pairs")
     left.hist(trusted, bins=60, range=left.get_xlim(), histtype="step", color="black",
               weights=np.full(len(trusted), len(rating) / len(trusted)), label="trusted, scaled")
-    s1.legend_above(left)
-    s1.save_figure(figure, path)
+    s2.legend_above(left)
+    s2.save_figure(figure, path)
 
 
-def draw_bands(path, pairs, bands, seed):
+def draw_bands(path, pairs, rating, seed):
     """Pictures and captions drawn at random, a column per percentile band (the paper's Fig. 5)."""
+    bands = np.array_split(np.argsort(-rating, kind="stable"), BANDS)
     figure, axes = plt.subplots(5, BANDS, figsize=(BANDS, 8))
     for band, (rows, column) in enumerate(zip(bands, axes.T)):
         five = np.random.default_rng([seed, band]).choice(rows, 5, replace=len(rows) < 5)
-        s1.show_pictures(column, pairs.batch(five)[0], pairs.names(five)[1], 13)
+        s2.show_pictures(column, pairs.batch(five)[0], pairs.read("caption", five), 13)
         column[0].text(0.5, 1.95, f"{band * 100 // BANDS}-{(band + 1) * 100 // BANDS} %",
                        ha="center", fontsize=10, transform=column[0].transAxes)
     figure.subplots_adjust(wspace=0.08, hspace=0.55)
-    s1.save_figure(figure, path)
+    s2.save_figure(figure, path)
 
 
 # ---- the stage -------------------------------------------------------------------------------
@@ -368,19 +352,16 @@ def main(args, device):
     progress.finish()
     shown = np.arange(0, len(pairs), -(-len(pairs) // SHOWN))
     table, pairs = np.load(f"{stem}.npy", mmap_mode="r")[shown], pairs.take(shown)
-    bands = np.array_split(np.argsort(-table["rating"], kind="stable"), BANDS)
-    trusted = np.concatenate([score_chunk({"rater": nets["rater"]}, *test.batch(rows), companions,
-                                          None)[:, -1].cpu().numpy()
-                              for rows in np.array_split(np.arange(len(test)), len(test) // CHUNK + 1)])
-    strata = pairs.strata()
+    trusted = [score_chunk({"rater": nets["rater"]}, *test.batch(rows), companions, None)[:, -1]
+               for rows in np.array_split(np.arange(len(test)), len(test) // CHUNK + 1)]
+    trusted, strata = torch.cat(trusted).cpu().numpy(), pairs.strata()
     judge_rating(strata, table["rating"], trusted, args.signal)
     for names in ["rating", *(BASELINES + ["rating,contrast"]) * args.baselines]:
         report(strata, rank_by(table, names), names)
-    print_bands(strata, bands)
     draw_histogram(f"{stem}.png", table["rating"], 100 * places(table["rating"]), strata, trusted)
-    draw_bands(f"{stem}-bands.png", pairs, bands, settings.seed)
-    print(f"\nwrote {stem}.npy, .csv, .json and two figures: {len(table)} pairs in "
-          f"{progress.seconds:.1f} s")
+    draw_bands(f"{stem}-bands.png", pairs, table["rating"], settings.seed)
+    print(f"\nwrote {stem}.npy, .csv, .json and two figures: {len(shown)} pairs "
+          f"in {progress.seconds:.1f} s")
 
 
 if __name__ == "__main__":

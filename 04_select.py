@@ -36,6 +36,7 @@ import csv
 import importlib
 import io
 import itertools
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -45,6 +46,7 @@ from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 s1 = importlib.import_module("01_proxy")
+s2 = importlib.import_module("02_meta_rater")
 s3 = importlib.import_module("03_score")
 
 METHODS = ("topk", "shift-gsample", "gsample", "block", "random")
@@ -97,12 +99,6 @@ def select(rating, method, keep, drop=0.25, mean=0.5, std=0.15, seed=0):
     return order[chosen], w[chosen]
 
 
-def count_ties(rating, chosen):
-    """How many ratings equal the lowest chosen one, and how many of these are chosen."""
-    cut = rating[chosen].min()
-    return (rating == cut).sum(), (rating[chosen] == cut).sum()
-
-
 def advise(written_by, rank_by):
     """Added: the rule that suits a ranking, and why. written_by: the command that rated."""
     ours = rank_by in ("rating", "instance")
@@ -114,57 +110,47 @@ def advise(written_by, rank_by):
 
 
 # ---- files -----------------------------------------------------------------------------------
-def read_ratings(path, names, pairs):
-    """One rating (N,) for every pair, of the columns `names` of a .npy or .csv, joined by commas.
-
-    Ends the program where the file is not of these pairs.
-    """
+def read_columns(path, names):
+    """{name: (n,)} of `row` and other columns of a .csv, or of the fields of a .npy; an array of
+    one number a row is `rating`."""
     try:
-        columns = (read_array if path.suffix == ".npy" else read_csv)(path, names.split(","))
-        rows = columns.pop("row", np.arange(len(columns[names.split(",")[0]])))
-    except (OSError, ValueError, LookupError, UnicodeError, csv.Error) as error:
-        raise SystemExit(f"{path}: {error or 'empty'}")
-    if len(rows) != len(pairs) or (np.sort(rows) != np.arange(len(pairs))).any():
-        raise SystemExit(f"{path} has {len(rows)} ratings, and {len(pairs)} pairs were prepared: one "
-                         f"for each row from 0 to {len(pairs) - 1} is needed")
+        if path.suffix == ".npy":
+            table = np.load(path, mmap_mode="r")
+            head, table = table.dtype.names or ("rating",), table.reshape(len(table))
+            columns = {name: table[name] if table.dtype.names else table
+                       for name in names if name in head} | {"row": np.arange(len(table))}
+        else:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                head = [name.strip() for name in next(csv.reader(file), [])]
+                found = [name for name in ("row", *names) if name in head]
+                columns = dict(zip(found, np.loadtxt(
+                    file, delimiter=",", quotechar='"', comments=None, encoding="utf-8",
+                    usecols=[head.index(name) for name in found], ndmin=2).T))
+        missing = {"row", *names} - columns.keys()
+        if missing:
+            raise ValueError(f"no column {' or '.join(missing)} among {', '.join(head)}; rankings "
+                             "without a rater come with 03_score.py --baselines")
+        return {name: column.astype(float) for name, column in columns.items()}
+    except (OSError, EOFError, ValueError, csv.Error) as error:
+        raise SystemExit(f"{path}: {error}")
+
+
+def read_ratings(path, names, pairs):
+    """One rating (N,) for every pair, of the columns `names`, joined by commas, of a file."""
+    columns = read_columns(path, names.split(","))
+    order = np.argsort(columns["row"])
+    if len(order) != len(pairs) or (columns["row"][order] != np.arange(len(pairs))).any():
+        raise SystemExit(f"{path} has {len(order)} ratings, and {len(pairs)} pairs were prepared: "
+                         f"each row from 0 to {len(pairs) - 1} needs one")
     for name, column in columns.items():
         if not np.isfinite(column).all():
-            raise SystemExit(f"{path}: {name} of row {rows[~np.isfinite(column)][0]:.0f} is no number")
-    order = np.argsort(rows)
+            raise SystemExit(f"{path}: {name} is no number in line {np.isfinite(column).argmin()}")
     return s3.rank_by({name: column[order] for name, column in columns.items()}, names)
 
 
-def read_array(path, names):
-    """{name: (N,)} of a .npy: of its fields, or `rating` of an array of one number a row."""
-    table = np.load(path, allow_pickle=False, mmap_mode="r")
-    if names == ["rating"] and table.dtype.kind in "iuf" and table.size == len(table):
-        return {"rating": table.reshape(-1).astype(float)}
-    missing = [name for name in names if name not in (table.dtype.names or ())]
-    if missing:
-        raise ValueError(f"no column {missing[0]}; rankings without a rater come with 03_score.py "
-                         "--baselines")
-    return {name: table[name].astype(float) for name in names}
-
-
-def read_csv(path, names):
-    """{name: (N,)} of the column `row` and of others of a .csv."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        head = [name.strip() for name in next(csv.reader(file), [])]
-        missing = [name for name in ("row", *names) if name not in head]
-        if missing:
-            raise ValueError(f"no column {missing[0]} among {', '.join(head)}; rankings without a "
-                             "rater come with 03_score.py --baselines")
-        values = np.loadtxt(file, delimiter=",", quotechar='"', comments=None, encoding="utf-8",
-                            usecols=[head.index(name) for name in ("row", *names)], ndmin=2)
-    return dict(zip(("row", *names), values.T))
-
-
 def read_rows(path, pairs):
-    """The rows (n,) of a selection, ascending; ends the program where it is not of these pairs."""
-    try:
-        rows = np.sort(read_csv(path, [])["row"]).astype(int)
-    except (OSError, ValueError, LookupError, UnicodeError, csv.Error) as error:
-        raise SystemExit(f"{path}: {error or 'empty'}")
+    """The rows (n,) of a selection, ascending."""
+    rows = np.sort(read_columns(path, [])["row"]).astype(int)
     if not len(rows) or rows[0] < 0 or rows[-1] >= len(pairs) or (np.diff(rows) == 0).any():
         raise SystemExit(f"{path}: rows from 0 to {len(pairs) - 1} are needed, each once at most")
     return rows
@@ -172,35 +158,33 @@ def read_rows(path, pairs):
 
 def compare_keys(path, pairs, shown=1000):
     """End the program where the column `key` of a .csv, if it has one, names other pairs."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        lines = csv.DictReader(file)
-        if {"row", "key"} <= set(lines.fieldnames or ()):
-            for line in itertools.islice(lines, shown):
-                (key,), _ = pairs.names(np.array([int(float(line["row"]))]))
-                if key != line["key"]:
-                    raise SystemExit(f"{path}: row {line['row']} has key {line['key']}, but the pair "
-                                     f"prepared there is {key}: it is of another corpus")
+    with open(path, encoding="utf-8-sig", newline="", errors="replace") as file:
+        for line in itertools.islice(csv.DictReader(file), shown):
+            row, key = line.get("row"), line.get("key")
+            if key and row.isdecimal() and pairs.read("key", [int(row) % len(pairs)]) != [key]:
+                raise SystemExit(f"{path}: {key} is not the key of row {row} of the prepared pairs: "
+                                 "it is of another corpus")
 
 
 def find_planted(pairs):
     """Which pairs (N,) are dirt that --plant planted."""
-    return np.isin(pairs.stratum[pairs.rows], [name.encode() for name in s1.PLANTED.values()])
+    planted = [name.encode() for name in s1.PLANTED.values()]
+    return np.isin(pairs.entries["stratum"][pairs.rows], planted)
 
 
 def write_shards(folder, pairs, rows, made, per_shard=10000):
     """Copy the selected pairs, rows ascending, into tars of 10,000 pairs, in one walk through their
     files. Members keep their bytes; a dot in a key is written as %2E, as a key ends at a dot."""
-    keys = (pairs.names(rows[k:k + 1])[0][0] for k in range(len(rows)))
+    keys = (pairs.read("key", rows[k:k + 1])[0] for k in range(len(rows)))
     found = find_files(made, keys)
     for number, first in enumerate(range(0, len(rows), per_shard)):
         path, count = Path(folder) / f"{number:06d}.tar", min(per_shard, len(rows) - first)
         with (s1.atomic_file(path, "wb") as whole,
               tarfile.open(fileobj=whole, mode="w") as tar):
             for key, files in itertools.islice(found, count):
-                place, _, base = key.rpartition("/")
+                name = re.sub(r"\.(?=[^/]*$)", "%2E", key)
                 for kind, read in files.items():
-                    data = read()
-                    member = tarfile.TarInfo(f"{place}/{base.replace('.', '%2E')}{kind}".lstrip("/"))
+                    data, member = read(), tarfile.TarInfo(name + kind)
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
         print(f"{path}: {first + count} of {len(rows)} pairs", flush=True)
@@ -232,16 +216,16 @@ def draw_figure(path, n, w, args):
         p = np.exp(log_density(fine, start, args.mean, args.std))
         axis.plot(100 * fine, p * n / 40, color="#D55E00", label="p of eq. 11, scaled")
     axis.set(xlabel="percentile (0 = highest rating)", ylabel="pairs")
-    s1.legend_above(axis, 3)
-    s1.save_figure(figure, path)
+    s2.legend_above(axis, 3)
+    s2.save_figure(figure, path)
 
 
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
     args = s1.parse(
         argv, __doc__, ratings=("", "of stage 3, or anybody's (OUT/ratings.npy)"),
-        rank_by=("rating", "column to sort by, or several joined by commas, their mean place, of "
-                 + ", ".join(RANKINGS)),
+        rank_by=("rating", f"a column of {', '.join(RANKINGS)}, or several joined by commas: their "
+                 "mean place"),
         method=((None, *METHODS), "by default what suits the ratings"),
         keep=(0.5, "share up to 1, or a number of pairs"),
         drop=(0.25, "n of eq. 11: share of the head"), mean=(0.5, "mu of eq. 11, as a share"),
@@ -259,11 +243,12 @@ def parse_args(argv=None):
 
 def name_selection(args):
     """OUT/selected-..., named after the ratings and all options that are not usual."""
-    of, usual = args.ratings.stem.removeprefix("ratings"), parse_args([])
+    usual = parse_args([])
     other = [f"{name}-{getattr(args, name):.15g}" for name in ("drop", "mean", "std", "seed")
              if getattr(args, name) != getattr(usual, name)]
-    by = f"by-{args.rank_by.replace(',', '-')}" if args.rank_by != "rating" else ""
-    parts = ["selected", of.strip("-"), by, args.method, f"{args.keep:.15g}", *other]
+    by = [f"by-{args.rank_by.replace(',', '-')}"] * (args.rank_by != "rating")
+    parts = ["selected", args.ratings.stem.removeprefix("ratings").strip("-"), *by, args.method,
+             f"{args.keep:.15g}", *other]
     return Path(args.out) / "-".join(filter(None, parts))
 
 
@@ -271,31 +256,29 @@ def main(args, device=None):
     if not args.ratings.exists():
         raise SystemExit(f"{args.ratings} is missing: run 03_score.py first")
     if args.write_shards and any(Path(args.write_shards).glob("*.tar")):
-        raise SystemExit(f"--write-shards {args.write_shards} holds tars already, which would be "
-                         "overwritten or mixed with the new ones: name another folder")
+        raise SystemExit(f"--write-shards {args.write_shards} holds tars already: name another folder")
     known = s1.check(args.ratings)
     if not known:
         print(f"{args.ratings} carries no record of what it was made from: it is taken as it is")
     folder = Path(args.out) / known.get("pairs", "pairs")
     pairs, made = s1.open_pairs(folder), s1.read_json(folder / "made.json")
-    if args.write_shards and made["data"] in ("toy", *s1.DATASETS):
+    if args.write_shards and made["data"] in ("own", "toy", *s1.DATASETS):
         raise SystemExit(f"--write-shards copies pairs out of files, not those of {made['data']}")
     suited, why = advise(known.get("written_by", ""), args.rank_by)
     args.method, asked = args.method or suited, args.method
     print(f"--method {args.method}, " + ("as asked" if asked else "the default here")
           + (f": {why}" if args.method == suited else f"; {suited} would suit: {why}"))
-    rating = read_ratings(args.ratings, args.rank_by, pairs)
+    rating, planted = read_ratings(args.ratings, args.rank_by, pairs), find_planted(pairs)
     if args.ratings.suffix == ".csv":
         compare_keys(args.ratings, pairs)
-    real = np.flatnonzero(~find_planted(pairs))
+    real = np.flatnonzero(~planted)
     try:
-        rows, w = select(rating[real], args.method, args.keep, args.drop, args.mean, args.std,
-                         args.seed)
+        chosen, w = select(rating[real], args.method, args.keep, args.drop, args.mean, args.std,
+                           args.seed)
     except ValueError as error:
         raise SystemExit(f"{args.ratings}: {error}")
-    tied, kept = count_ties(rating[real], rows)
-    rows, stem = real[rows], name_selection(args)
-    s1.write_csv(Path(f"{stem}.csv"), ["row", "key"], zip(rows.tolist(), pairs.names(rows)[0]))
+    rows, stem = real[chosen], name_selection(args)
+    s1.write_csv(Path(f"{stem}.csv"), ["row", "key"], zip(rows.tolist(), pairs.read("key", rows)))
     s1.record(Path(f"{stem}.csv"), "04_select.py", [args.ratings, folder / "made.json"],
               pairs=folder.name)
     draw_figure(f"{stem}.png", len(real), w, args)
@@ -303,12 +286,14 @@ def main(args, device=None):
     shares = [f"{n / len(rows):.0%} {name}" for name, n in zip(names, counts) if name]
     print(f"wrote {stem}.csv, .json, .png: {len(rows)} of {len(real)} pairs"
           + f": {', '.join(shares)}" * bool(shares))
-    if tied > kept and args.method in ("topk", "block"):
-        print(f"{tied} pairs have the rating at the cut: {kept} of them were drawn by --seed")
+    at_cut = rating[real] == rating[rows].min()            # equal ratings are drawn by lot
+    if args.method in ("topk", "block") and at_cut.sum() > at_cut[chosen].sum():
+        print(f"{at_cut.sum()} pairs have the lowest rating that is kept: {at_cut[chosen].sum()} of "
+              "them were drawn by --seed")
     if 1 < args.keep <= 100 < len(real):
         print(f"--keep {args.keep:g} is a number of pairs; a share is 1 at most, and half is 0.5")
-    if len(real) < len(rating):
-        print(f"{len(rating) - len(real)} pairs with planted dirt are left out of the ranking")
+    if planted.any():
+        print(f"{planted.sum()} pairs with planted dirt are left out of the ranking")
     if args.write_shards:
         write_shards(args.write_shards, pairs, rows, made)
 

@@ -48,6 +48,7 @@ from torchvision.transforms import InterpolationMode, functional as image_ops
 
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 s1 = importlib.import_module("01_proxy")
+s2 = importlib.import_module("02_meta_rater")
 s3 = importlib.import_module("03_score")
 s4 = importlib.import_module("04_select")
 
@@ -190,7 +191,7 @@ def evaluate(net, test, judge, reference, seed):
     losses = [s1.flow_loss(net, *part) for part in zip(*(v.split(PART) for v in (x, c, t, eps)))]
     images = [s1.sample(net, *part) for part in zip(*(s1.mine(v).split(PART) for v in (c, eps)))]
     images = s1.gather(torch.cat(images))
-    numbers = judge_images(judge, images, test.names(np.arange(n))[1], reference)
+    numbers = judge_images(judge, images, test.read("caption", np.arange(n)), reference)
     return {"held-out": torch.cat(losses).mean().item(), **numbers}, images
 
 
@@ -202,9 +203,8 @@ def run_arm(arm, seed, args, settings, pairs, pool, test, judge, reference, prog
     net, steps = s1.build_proxy(settings, pairs.device), count_steps(len(rows), args)
     s1.train(net, pairs.take(rows), steps, args.batch_size, args.lr, seed, DECAY, progress)
     numbers, images = evaluate(net, test, judge, reference, settings.seed)
-    strata = pairs.strata(rows)
-    shares = {name: float(np.mean(strata == name)) for name in s1.STRATUM_COLOURS
-              if name.encode() in pairs.stratum[pool]}
+    strata, known = pairs.strata(rows), set(pairs.strata(pool))
+    shares = {name: float(np.mean(strata == name)) for name in s1.STRATUM_COLOURS if name in known}
     return {"arm": arm.name, "seed": seed, "pairs": len(rows), "steps": steps,
             "seconds": progress.seconds, **numbers, **shares}, images
 
@@ -242,7 +242,7 @@ def save_images(folder, images, test):
     """Images (B, 3, H, W) as 000000.png and their captions as 000000.txt, for other tools."""
     if s1.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for k, (image, caption) in enumerate(zip(images.cpu(), test.names()[1])):
+        for k, (image, caption) in enumerate(zip(images.cpu(), test.read("caption"))):
             pixels = s1.to_pixels(image.permute(1, 2, 0).numpy())
             image_ops.to_pil_image(pixels).save(folder / f"{k:06d}.png")
             (folder / f"{k:06d}.txt").write_text(caption, encoding="utf-8")
@@ -342,20 +342,20 @@ def draw_results(path, results, arms):
     axes[0].set_yticks(range(len(arms)), [arm.name for arm in arms])
     axes[0].invert_yaxis()
     figure.tight_layout()
-    s1.save_figure(figure, path)
+    s2.save_figure(figure, path)
 
 
 def draw_samples(path, samples, test):
     """Eight captions: the real image, then what each arm draws for it from the same noise."""
     columns = min(8, len(test))
     rows = {"real": test.batch(np.arange(columns))[0].cpu(), **samples}
-    captions = test.names(np.arange(columns))[1]
+    captions = test.read("caption", np.arange(columns))
     figure, axes = plt.subplots(len(rows), columns, figsize=(10, 1.05 * len(rows) + 0.8))
     for k, (row, (name, images)) in enumerate(zip(axes, rows.items())):
-        s1.show_pictures(row, images, captions if k == 0 else [""] * columns)
+        s2.show_pictures(row, images, captions if k == 0 else [""] * columns)
         row[0].text(-0.15, 0.5, name, ha="right", va="center", transform=row[0].transAxes)
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
-    s1.save_figure(figure, path)
+    s2.save_figure(figure, path)
 
 
 # ---- the stage -------------------------------------------------------------------------------
@@ -386,7 +386,7 @@ def main(args, device, arms=ARMS, name="results"):
         test, 20 if args.smoke else s3.CONTRAST_STEPS, settings.seed))
     x, other = (split.batch(np.arange(min(DRAWN, len(split))))[0] for split in (test, val))
     reference = moments(torch.cat([judge.embed_images(part)[0] for part in x.split(PART)]))
-    real = judge_images(judge, other, val.names(np.arange(len(other)))[1], reference)
+    real = judge_images(judge, other, val.read("caption", np.arange(len(other))), reference)
     floor = (f"{len(other)} real images that the judge has not seen: score {real['score']:.1f}, "
              f"match {real['match']:.0f} %, distance {real['distance']:.3f}")
     s1.print0(floor)

@@ -24,9 +24,10 @@ def ruled(signal, rule, keep, rank_by="rating", note=""):
 
 def collect(pairs, words=8):
     """Pairs in memory, of an iterable of (key, image, caption, stratum) such as draw_toy's."""
-    keys, images, captions, strata = zip(*pairs)
-    return s1.Pairs(np.stack(images), s1.tokenize(captions, words), list(zip(keys, captions)),
-                    np.array(strata, "S15"), np.arange(len(keys)))
+    pairs = list(pairs)
+    images, tokens, entries, texts, _ = s1.read_task(
+        ("", lambda: pairs, ()), s1.argparse.Namespace(size=pairs[0][1].shape[-1], words=words))
+    return s1.Pairs(images, tokens, entries, texts, np.arange(len(entries)))
 
 
 def draw_splits(settings):
