@@ -39,6 +39,7 @@ import io
 import itertools
 import json
 import mmap
+import multiprocessing
 import os
 import re
 import shutil
@@ -947,6 +948,8 @@ def launch(main, args):
     try:
         main(args, torch.device("cuda" if cuda else "cpu"))
     except KeyboardInterrupt:
+        for child in multiprocessing.active_children():
+            child.kill()
         print0("\nstopped: the same command goes on from the last save, a minute ago at most")
         sys.exit(130)
     except OSError as error:
@@ -993,7 +996,7 @@ class Progress:
             if self.step % every == 0 or self.step == goal:
                 self.look()
                 left = (self.now - began) / (self.step - first) * (goal - self.step)
-                if self.now - self.told > TELL_EVERY or not left and self.columns:
+                if self.columns and (self.now - self.told > TELL_EVERY or not left):
                     self.tell(goal, left)
                 if self.path and self.now - self.saved > SAVE_EVERY:
                     self.save(parts)

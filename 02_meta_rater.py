@@ -38,33 +38,23 @@ Differs from the paper: steps by AdamW; the softmax runs over groups of fixed si
 pairs on 2 GPUs are groups of 32), so the number of processes changes nothing.
 
 Reads    out/pairs/, out/proxy.pt
-Writes   out/rater.pt, .json, .csv, .png      (--signal loss: out/rater-loss.pt, .json, .csv, .png)
+Writes   out/rater.pt, .json, .csv            (--signal loss: out/rater-loss.pt, .json, .csv)
 Run      python 02_meta_rater.py                        under a minute on two cores
          torchrun --nproc-per-node 2 -- 02_meta_rater.py --signal loss
 """
 import importlib
-import itertools
 import sys
-import textwrap
-import warnings
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 import torch
 import torch.nn as nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False             # a $ in a name is a $
-import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
-
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 s1 = importlib.import_module("01_proxy")
 
 GROUP = 32                 # pairs under one softmax; W_batch ranks the groups of a batch
-PROBE = 512                # training pairs whose logits the figure follows
 
 
 # ---- the rater -------------------------------------------------------------------------------
@@ -206,21 +196,14 @@ COLUMNS = ["val", "ref", "gap_mean", "gap_std", "ess", "W_batch", "logit_std",
 
 
 def learn(nets, pairs, val, args, seed, progress):
-    """`--steps` meta steps, logged in `progress`, which also keeps the logits of the first training
-    pairs at ten points of the run: [(step, logits (PROBE,))]."""
+    """`--steps` meta steps, logged in `progress`."""
     opts = {name: s1.adamw(net, args.lr) for name, net in nets.items()}
     parts = {**nets, **{f"{name}_opt": opt for name, opt in opts.items()}}
-    x, c = pairs.batch(np.arange(min(PROBE, len(pairs))))
-    seen = progress.kept.setdefault("seen", [])
     batches = (s1.draw_batches(len(split), args.batch_size, seed, progress.step, args.steps)
                for split in (pairs, val))
     for k, rows, rows_val in zip(progress.steps(args.steps, **parts), *batches):
-        numbers = meta_step(nets, opts, pairs.batch(rows), val.batch(rows_val),
-                            s1.seeded(x.device, seed, "meta", k), args, rest=k == 0)
-        progress.note(*numbers)
-        if (k + 1) % max(args.steps // 10, 1) == 0:
-            with torch.no_grad():
-                seen.append((k + 1, nets["rater"].logits(nets["rater"].features(x, c)).cpu()))
+        progress.note(*meta_step(nets, opts, pairs.batch(rows), val.batch(rows_val),
+                                 s1.seeded(pairs.device, seed, "meta", k), args, rest=k == 0))
 
 
 def warn_of_collapse(*means):
@@ -273,61 +256,11 @@ def main(args, device):
     learn(nets, pairs, val, args, settings.seed, progress)
     s1.save(out / f"{name}.pt", command, [out / "proxy.pt"], args,
             {name: net.state_dict() for name, net in nets.items()})
-    rows = [(k, *row) for k, row in enumerate(progress.log, 1)]
-    s1.write_csv(out / f"{name}.csv", ["step", *COLUMNS], rows)
-    draw_figure(out / f"{name}.png", rows, progress.kept["seen"],
-                pairs.strata(np.arange(min(PROBE, len(pairs)))))
+    s1.write_csv(out / f"{name}.csv", ["step", *COLUMNS],
+                 [(k, *row) for k, row in enumerate(progress.log, 1)])
     progress.finish()
-    s1.print0(f"wrote {out}/{name}.pt, .json, .csv, .png: {args.steps} meta steps in "
+    s1.print0(f"wrote {out}/{name}.pt, .json, .csv: {args.steps} meta steps in "
               f"{progress.seconds:.0f} s")
-
-
-def draw_figure(path, rows, seen, strata):
-    """Logits by stratum over the run (analysis only), and the health of the weights."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
-    steps, logits = zip(*seen)
-    logits = torch.stack(logits).numpy()
-    logits = logits - logits.mean(1, keepdims=True)                           # (times, PROBE)
-    unnamed = "other pairs" if set(strata) - {""} else "all pairs"
-    for stratum, style in zip(sorted(set(strata)), itertools.cycle(["-.", ":", "-", "--"])):
-        chosen = logits[:, strata == stratum]
-        low, middle, high = np.percentile(chosen, (25, 50, 75), axis=1)
-        colour = s1.STRATUM_COLOURS.get(stratum, "black")
-        left.plot(steps, middle, style, color=colour, label=stratum or unnamed)
-        left.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-    left.set(xlabel="meta step", ylabel="logit, centred (median, quartiles)")
-    legend_above(left)
-    table = np.array(rows)                                                    # (steps, 9)
-    window = min(25, len(table))
-    for column, style in (("ess", "-"), ("W_batch", "--"), ("logit_std", ":")):
-        values = table[:, 1 + COLUMNS.index(column)]
-        right.plot(table[window - 1:, 0], np.convolve(values, np.ones(window) / window, "valid"),
-                   style, color="black", label=column)
-    right.set(xlabel="meta step", ylim=(0, None))
-    legend_above(right)
-    save_figure(figure, path)
-
-
-# ---- figures of all stages -------------------------------------------------------------------
-def show_pictures(axes, images, captions, letters=16):
-    """Images (K, 3, H, W) in [-1, 1] on K axes, their captions above, cut to fit."""
-    for axis, image, caption in zip(np.ravel(axes), images.cpu(), captions):
-        axis.imshow((image.permute(1, 2, 0).numpy() + 1) / 2)
-        title = textwrap.fill(textwrap.shorten(caption[:500], 3 * letters), letters)
-        axis.set_title(title, fontsize=7)
-        axis.axis("off")
-
-
-def legend_above(axis, columns=4):
-    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=columns,
-                frameon=False, columnspacing=1)
-
-
-def save_figure(figure, path):
-    if s1.rank() == 0:
-        with s1.atomic_file(path, "wb") as file, warnings.catch_warnings(action="ignore"):
-            figure.savefig(file, format="png", dpi=150, bbox_inches="tight")  # emoji have no glyph
-    plt.close(figure)
 
 
 if __name__ == "__main__":

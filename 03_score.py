@@ -34,14 +34,20 @@ import math
 import os
 import re
 import sys
+import textwrap
+import warnings
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib import pyplot as plt
 from torchvision.transforms import functional as image_ops
+
+matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False             # a $ in a name is a $
+import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 s1 = importlib.import_module("01_proxy")
@@ -56,8 +62,6 @@ NUMBERS = ["instance", "group", "rating"]
 BASELINES = ["ref_loss", "difference", "gain", "contrast"]
 LOW_IS_GOOD = ("ref_loss", "difference")
 CONTRAST_STEPS = 500       # of the contrastive network's training
-DIRT_NAMES = {"plain": "plain pictures", "noise": "noisy pictures", "caption": "wrong captions",
-              "collage": "collages"}
 
 
 # ---- the score -------------------------------------------------------------------------------
@@ -128,6 +132,7 @@ def score(nets, companions, pairs, path, seed, progress):
             numbers[:len(own)] = score_chunk(nets, *pairs.batch(own), companions, s1.seeded(
                 pairs.device, seed, "score", int(own[0])))
         numbers = s1.gather(numbers)[:len(rows)].cpu().numpy()                # (rows, K)
+        progress.note(torch.tensor(float(rows[-1] + 1)))
         if table is not None:
             for name, column in zip(names, numbers.T):
                 table[name][rows] = column
@@ -238,25 +243,9 @@ def areas(strata, column):
 
 def report(strata, column, name):
     """One line: how far a column ranks the other pairs above every kind of dirt (AUC)."""
-    words = [f"{stratum} {area:.3f}" for stratum, area in areas(strata, column).items()]
+    words = [f"{kind} {area:.2f}" for kind, area in areas(strata, column).items()]
     if words:
-        s1.print0(f"AUC over ({name}): " + ", ".join(words))
-
-
-def judge_rating(strata, rating, trusted, signal):
-    """Added: what the rating finds, in words: a line for the trusted pairs of stage 5 (their
-    ratings, (K,)) and one for every kind of dirt that is known."""
-    eq9 = signal == "loss" and "eq. 9 rates low loss high, whatever is asked for: see eq. 6"
-    s1.print0(s1.say(
-        "trusted pairs are {}rated above the corpus", auc(trusted, rating), 0.5, 0.6, eq9 or
-        "either the rating does not know what was asked for, or the corpus is as good as they are: "
-        "01_proxy.py --plant tells which"))
-    for stratum, area in areas(strata, rating).items():
-        kind = stratum.rpartition("-")[2]
-        cure = ("if 01 says that captions are read, the rater has not learnt to: 04_select.py "
-                "--rank-by rating,contrast finds more"
-                if kind == "caption" else "more meta steps, or trusted pairs that differ from it")
-        s1.print0(s1.say(f"{DIRT_NAMES[kind]} are {{}}found", area, 0.5, 0.8, eq9 or cure))
+        s1.print0(f"AUC by {name}: {', '.join(words)} (0.5 is chance, 0.8 is good)")
 
 
 # ---- figures ---------------------------------------------------------------------------------
@@ -277,8 +266,8 @@ def draw_histogram(path, rating, percentile, strata, trusted):
         axis.set(xlabel=label, ylabel="pairs")
     left.hist(trusted, bins=60, range=left.get_xlim(), histtype="step", color="black",
               weights=np.full(len(trusted), len(rating) / len(trusted)), label="trusted, scaled")
-    s2.legend_above(left)
-    s2.save_figure(figure, path)
+    legend_above(left)
+    save_figure(figure, path)
 
 
 def draw_bands(path, pairs, rating, seed):
@@ -287,11 +276,11 @@ def draw_bands(path, pairs, rating, seed):
     figure, axes = plt.subplots(5, BANDS, figsize=(BANDS, 8))
     for band, (rows, column) in enumerate(zip(bands, axes.T)):
         five = np.random.default_rng([seed, band]).choice(rows, 5, replace=len(rows) < 5)
-        s2.show_pictures(column, pairs.batch(five)[0], pairs.read("caption", five), 13)
+        show_pictures(column, pairs.batch(five)[0], pairs.read("caption", five), 13)
         column[0].text(0.5, 1.95, f"{band * 100 // BANDS}-{(band + 1) * 100 // BANDS} %",
                        ha="center", fontsize=10, transform=column[0].transAxes)
     figure.subplots_adjust(wspace=0.08, hspace=0.55)
-    s2.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 # ---- the stage -------------------------------------------------------------------------------
@@ -340,7 +329,7 @@ def main(args, device):
     stem = out / f"{name.replace('rater', 'ratings')}{folder.name.removeprefix('pairs')}"
     sources = [out / f"{name}.pt", folder / "made.json"]
     progress = s1.Progress(Path(f"{stem}.progress"), vars(args) | {
-        str(file): s1.digest(file) for file in sources})
+        str(file): s1.digest(file) for file in sources}, ["pairs"])
     companions = draw_companions(nets["rater"], group_size, pairs, settings.seed)
     score(nets, companions, pairs, stem, settings.seed, progress)
     if s1.rank():
@@ -355,13 +344,38 @@ def main(args, device):
     trusted = [score_chunk({"rater": nets["rater"]}, *test.batch(rows), companions, None)[:, -1]
                for rows in np.array_split(np.arange(len(test)), len(test) // CHUNK + 1)]
     trusted, strata = torch.cat(trusted).cpu().numpy(), pairs.strata()
-    judge_rating(strata, table["rating"], trusted, args.signal)
+    s1.print0(s1.say(
+        "trusted pairs are {}rated above the corpus", auc(trusted, table["rating"]), 0.5, 0.6,
+        "eq. 9 rates low loss high, whatever is asked for" if args.signal == "loss" else
+        "either the rating does not know what was asked for, or the corpus is as good as they are: "
+        "01_proxy.py --plant tells which"))
     for names in ["rating", *(BASELINES + ["rating,contrast"]) * args.baselines]:
         report(strata, rank_by(table, names), names)
     draw_histogram(f"{stem}.png", table["rating"], 100 * places(table["rating"]), strata, trusted)
     draw_bands(f"{stem}-bands.png", pairs, table["rating"], settings.seed)
     print(f"\nwrote {stem}.npy, .csv, .json and two figures: {len(shown)} pairs "
           f"in {progress.seconds:.1f} s")
+
+
+def show_pictures(axes, images, captions, letters=16):
+    """Images (K, 3, H, W) in [-1, 1] on K axes, their captions above, cut to fit."""
+    for axis, image, caption in zip(np.ravel(axes), images.cpu(), captions):
+        axis.imshow((image.permute(1, 2, 0).numpy() + 1) / 2)
+        title = textwrap.fill(textwrap.shorten(caption[:500], 3 * letters), letters)
+        axis.set_title(title, fontsize=7)
+        axis.axis("off")
+
+
+def legend_above(axis, columns=4):
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=columns,
+                frameon=False, columnspacing=1)
+
+
+def save_figure(figure, path):
+    if s1.rank() == 0:
+        with s1.atomic_file(path, "wb") as file, warnings.catch_warnings(action="ignore"):
+            figure.savefig(file, format="png", dpi=150, bbox_inches="tight")  # emoji have no glyph
+    plt.close(figure)
 
 
 if __name__ == "__main__":

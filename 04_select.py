@@ -46,7 +46,6 @@ from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 s1 = importlib.import_module("01_proxy")
-s2 = importlib.import_module("02_meta_rater")
 s3 = importlib.import_module("03_score")
 
 METHODS = ("topk", "shift-gsample", "gsample", "block", "random")
@@ -162,8 +161,8 @@ def compare_keys(path, pairs, shown=1000):
         for line in itertools.islice(csv.DictReader(file), shown):
             row, key = line.get("row"), line.get("key")
             if key and row.isdecimal() and pairs.read("key", [int(row) % len(pairs)]) != [key]:
-                raise SystemExit(f"{path}: {key} is not the key of row {row} of the prepared pairs: "
-                                 "it is of another corpus")
+                raise SystemExit(f"{path} is of another corpus: {key} is not the key of the "
+                                 f"prepared pair in row {row}")
 
 
 def find_planted(pairs):
@@ -216,8 +215,8 @@ def draw_figure(path, n, w, args):
         p = np.exp(log_density(fine, start, args.mean, args.std))
         axis.plot(100 * fine, p * n / 40, color="#D55E00", label="p of eq. 11, scaled")
     axis.set(xlabel="percentile (0 = highest rating)", ylabel="pairs")
-    s2.legend_above(axis, 3)
-    s2.save_figure(figure, path)
+    s3.legend_above(axis, 3)
+    s3.save_figure(figure, path)
 
 
 # ---- the stage -------------------------------------------------------------------------------
@@ -256,7 +255,7 @@ def main(args, device=None):
     if not args.ratings.exists():
         raise SystemExit(f"{args.ratings} is missing: run 03_score.py first")
     if args.write_shards and any(Path(args.write_shards).glob("*.tar")):
-        raise SystemExit(f"--write-shards {args.write_shards} holds tars already: name another folder")
+        raise SystemExit(f"--write-shards {args.write_shards} holds tars already: name another")
     known = s1.check(args.ratings)
     if not known:
         print(f"{args.ratings} carries no record of what it was made from: it is taken as it is")
@@ -288,8 +287,8 @@ def main(args, device=None):
           + f": {', '.join(shares)}" * bool(shares))
     at_cut = rating[real] == rating[rows].min()            # equal ratings are drawn by lot
     if args.method in ("topk", "block") and at_cut.sum() > at_cut[chosen].sum():
-        print(f"{at_cut.sum()} pairs have the lowest rating that is kept: {at_cut[chosen].sum()} of "
-              "them were drawn by --seed")
+        print(f"{at_cut.sum()} pairs have the lowest rating that is kept: "
+              f"{at_cut[chosen].sum()} of them were drawn by --seed")
     if 1 < args.keep <= 100 < len(real):
         print(f"--keep {args.keep:g} is a number of pairs; a share is 1 at most, and half is 0.5")
     if planted.any():

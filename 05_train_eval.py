@@ -14,7 +14,8 @@ random selections. Measured on the test pairs, which neither a proxy nor an arm 
 Features and cosines come from stage 3's small contrastive network, trained here on the test pairs,
 which no rating has seen: its distance is not FID and its score not OpenAI's CLIP score. --metrics
 standard uses the public networks of both instead: their code comes after `main` and can be skipped.
-Full data and a random selection are always among the arms; tests/evidence.py has the paper's tables.
+Full data and a random selection are always among the arms; tests/evidence.py has the paper's other
+tables. On a CPU as many arms are trained at a time as there are cores, a thread each.
 
 Reads    out/pairs/, out/proxy.pt, out/ratings.npy, out/ratings-loss.npy, or --selected files of
          stage 4
@@ -29,11 +30,16 @@ import gzip
 import hashlib
 import html
 import importlib
+import multiprocessing
+import os
 import re
+import signal
 import sys
+import threading
 import time
 import unicodedata
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +54,6 @@ from torchvision.transforms import InterpolationMode, functional as image_ops
 
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 s1 = importlib.import_module("01_proxy")
-s2 = importlib.import_module("02_meta_rater")
 s3 = importlib.import_module("03_score")
 s4 = importlib.import_module("04_select")
 
@@ -112,19 +117,17 @@ def list_arms(args, pairs, pool, arms):
                  for stem, file in zip(stems, args.selected)]
         counts = sorted({len(choose_rows(arm, pool, pairs, args.out, 0)) for arm in given})
         return [Arm("full"), *(Arm(f"random {n}", keep=n) for n in counts), *given]
-    found = []
+    missing = []
     for arm in arms:
-        path = Path(args.out) / f"{arm.ratings}.npy"
-        columns = np.load(path, mmap_mode="r").dtype.names if path.exists() else ()
-        if not arm.ratings or set(arm.rank_by.split(",")) <= set(columns):
-            found.append(arm)
-        else:
+        file = Path(args.out) / f"{arm.ratings}.npy"
+        there = file.exists() and s1.check(file)
+        columns = np.load(file, mmap_mode="r").dtype.names if there else ()
+        if arm.ratings and not set(arm.rank_by.split(",")) <= set(columns):
+            missing.append(arm)
             how = "--signal loss" if arm.ratings == EQ9 else "--baselines"
-            s1.print0(f"{arm.name} is left out: {path} is missing or has no column {arm.rank_by} "
+            s1.print0(f"{arm.name} is left out: {file} is missing or has no column {arm.rank_by} "
                       f"(03_score.py {how} writes it)")
-        if arm.ratings and path.exists():
-            s1.check(path)
-    return found
+    return [arm for arm in arms if arm not in missing]
 
 
 def count_steps(size, args):
@@ -132,21 +135,17 @@ def count_steps(size, args):
     return args.epochs * (size // args.batch_size)         # eq. 1: the same number of epochs
 
 
-def foretell(arms, args, settings, pairs, pool):
-    """Steps of every arm: all that they read is read here, before any training. Says the cost."""
-    sizes = [len(choose_rows(arm, pool, pairs, args.out, settings.seed)) for arm in arms]
+def foretell(arms, args, lab):
+    """All that the arms read is read here, before any training. Returns {arm: steps}."""
+    sizes = [len(choose_rows(arm, lab.pool, lab.pairs, args.out, lab.settings.seed))
+             for arm in arms]
     if min(sizes) < args.batch_size:
         raise SystemExit(f"{arms[np.argmin(sizes)].name}: {min(sizes)} pairs are fewer than "
                          "--batch-size")
-    total = args.seeds * sum(count_steps(size, args) for size in sizes)
-    net = s1.build_proxy(settings, pairs.device)
-    for _ in range(2):                                     # in the first round a GPU wakes up
-        began = time.monotonic()
-        s1.train(net, pairs, 4, args.batch_size, args.lr, settings.seed)
-    minutes = (time.monotonic() - began) / 4 * total / 60
-    s1.print0(f"{args.seeds * len(arms)} models, {total:,} steps in all, about {minutes:.0f} "
-              "minutes of training; fewer --seeds or --epochs, or some files with --selected, make "
-              "it less")
+    steps = {arm.name: count_steps(size, args) for arm, size in zip(arms, sizes)}
+    s1.print0(f"{args.seeds * len(arms)} models, {args.seeds * sum(steps.values()):,} steps; fewer "
+              "--seeds or --epochs, or some files with --selected, make it less")
+    return steps
 
 
 # ---- metrics ---------------------------------------------------------------------------------
@@ -196,55 +195,104 @@ def evaluate(net, test, judge, reference, seed):
 
 
 # ---- one arm, all arms -----------------------------------------------------------------------
-def run_arm(arm, seed, args, settings, pairs, pool, test, judge, reference, progress):
-    """Train on the arm's pairs from scratch and evaluate. Returns the result row and images."""
-    rows = choose_rows(arm, pool, pairs, args.out, seed)
+class Lab(NamedTuple):
+    """What all arms share: options of stage 1, pairs, the judge and what it sees in real images."""
+    settings: object
+    pairs: object
+    pool: np.ndarray           # rows of the pairs that selections are made of
+    val: object
+    test: object
+    judge: object
+    reference: tuple           # mean and covariance of the features of the test images
+
+
+@functools.cache
+def open_lab(out, metrics, weights, smoke, real, device):
+    """The Lab of a folder of results; with `real` its pool leaves out what --plant planted."""
+    settings, _ = s1.load(Path(out) / "proxy.pt", "01_proxy.py")
+    pairs, val, test = (s1.open_pairs(Path(out) / "pairs", split, device)
+                        for split in ("train", "val", "test"))
+    pool = np.flatnonzero(~(s4.find_planted(pairs) & real))
+    judge = (StandardJudge(weights, device) if metrics == "standard" else s3.train_contrast(
+        test, 20 if smoke else s3.CONTRAST_STEPS, settings.seed))
+    x, _ = test.batch(np.arange(min(DRAWN, len(test))))
+    reference = moments(torch.cat([judge.embed_images(part)[0] for part in x.split(PART)]))
+    return Lab(settings, pairs, pool, val, test, judge, reference)
+
+
+def find_lab(args, device):
+    return open_lab(args.out, args.metrics, args.weights, args.smoke, bool(args.selected), device)
+
+
+def run_arm(work, args, device):
+    """Train on an arm's pairs from scratch and evaluate: the result row, and images (n, 3, H, W)
+    uint8. work: (seed, arm)."""
+    (seed, arm), lab, began = work, find_lab(args, device), time.monotonic()
+    rows = choose_rows(arm, lab.pool, lab.pairs, args.out, seed)
     torch.manual_seed(seed)                                # all arms start from the same weights
-    net, steps = s1.build_proxy(settings, pairs.device), count_steps(len(rows), args)
-    s1.train(net, pairs.take(rows), steps, args.batch_size, args.lr, seed, DECAY, progress)
-    numbers, images = evaluate(net, test, judge, reference, settings.seed)
-    strata, known = pairs.strata(rows), set(pairs.strata(pool))
+    net, steps = s1.build_proxy(lab.settings, device), count_steps(len(rows), args)
+    s1.train(net, lab.pairs.take(rows), steps, args.batch_size, args.lr, seed, DECAY)
+    seconds = time.monotonic() - began
+    numbers, images = evaluate(net, lab.test, lab.judge, lab.reference, lab.settings.seed)
+    strata, known = lab.pairs.strata(rows), set(lab.pairs.strata(lab.pool))
     shares = {name: float(np.mean(strata == name)) for name in s1.STRATUM_COLOURS if name in known}
-    return {"arm": arm.name, "seed": seed, "pairs": len(rows), "steps": steps,
-            "seconds": progress.seconds, **numbers, **shares}, images
+    return {"arm": arm.name, "seed": seed, "pairs": len(rows), "steps": steps, "seconds": seconds,
+            **numbers, **shares}, s1.to_pixels(images.cpu().numpy())
 
 
-def run_all(stem, arms, args, settings, pairs, pool, test, judge, reference):
+def run_side_by_side(run, work, cores):
+    """run(...) of all `work`, in order, by as many processes as there are cores."""
+    if min(cores, len(work)) < 2:
+        return map(run, work)
+    context = multiprocessing.get_context("spawn")         # a fork would lack torch's threads
+    return ProcessPoolExecutor(min(cores, len(work)), context, begin_worker).map(run, work)
+
+
+def begin_worker():
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)           # the first process ends all
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def run_all(stem, arms, steps, args, lab, device, cores):
     """Every arm under every seed; STEM.csv grows with each. Returns rows, samples and progress."""
     files = [Path(arm.file or Path(args.out) / f"{arm.ratings}.npy") for arm in arms
              if arm.file or arm.ratings]
-    inputs = vars(args) | {str(file): s1.digest(file) for file in
-                           [Path(args.out) / "proxy.pt", *files]}
-    progress = s1.Progress(Path(f"{stem}.progress"), inputs)                  # of the arms
+    progress = s1.Progress(Path(f"{stem}.progress"), vars(args) | {
+        str(file): s1.digest(file) for file in [Path(args.out) / "proxy.pt", *files]})
     results = progress.kept.setdefault("results", [])
     samples = progress.kept.setdefault("samples", {})      # {arm: (8, 3, H, W)}
-    work = [(seed, arm) for seed in range(settings.seed, settings.seed + args.seeds)
-            for arm in arms]
-    for k, (seed, arm) in enumerate(work[len(results):], len(results)):
-        inside = s1.Progress(Path(f"{stem}-arm.progress"), inputs | {"arm": k}, ["loss", "norm"])
-        result, images = run_arm(arm, seed, args, settings, pairs, pool, test, judge, reference,
-                                 inside)
+    first = lab.settings.seed
+    work = [(seed, arm) for seed in range(first, first + args.seeds) for arm in arms][len(results):]
+    run, began = functools.partial(run_arm, args=args, device=device), time.monotonic()
+    done, left = 0, sum(steps[arm.name] for _, arm in work)
+    for (seed, arm), (result, images) in zip(work, run_side_by_side(run, work, cores)):
         results.append(result)
-        samples.setdefault(arm.name, images[:8].cpu())
+        samples.setdefault(arm.name, torch.from_numpy(images[:8]))
         if args.save_images:
-            save_images(Path(args.save_images) / f"{re.sub(r'[^.a-z0-9]+', '-', arm.name.lower())}"
-                        f"-seed-{seed}", images, test)
+            save_images(args, f"{arm.name} seed {seed}", images, lab.test)
+        done, left = done + steps[arm.name], left - steps[arm.name]
+        minutes = (time.monotonic() - began) / 60 * left / done
         s1.print0(f"seed {seed}  {arm.name:30} " + "  ".join(
-            f"{name} {result[name]:.3f}" for name in METRICS) + f"  {result['seconds']:.0f} s")
+            f"{name} {result[name]:.3f}" for name in METRICS) + f"  {minutes:.1f} minutes left")
         s1.write_csv(f"{stem}.csv", list(result), [
             [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in results])
         progress.save({})
-        inside.finish()
     return results, samples, progress
 
 
-def save_images(folder, images, test):
-    """Images (B, 3, H, W) as 000000.png and their captions as 000000.txt, for other tools."""
+def save_images(args, name, images, test):
+    """Images (n, 3, H, W) uint8 as 000000.png, their captions as .txt, for other tools."""
+    folder = Path(args.save_images) / re.sub(r"[^.a-z0-9]+", "-", name.lower())
     if s1.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for k, (image, caption) in enumerate(zip(images.cpu(), test.read("caption"))):
-            pixels = s1.to_pixels(image.permute(1, 2, 0).numpy())
-            image_ops.to_pil_image(pixels).save(folder / f"{k:06d}.png")
+        for k, (image, caption) in enumerate(zip(images, test.read("caption"))):
+            image_ops.to_pil_image(image.transpose(1, 2, 0)).save(folder / f"{k:06d}.png")
             (folder / f"{k:06d}.txt").write_text(caption, encoding="utf-8")
 
 
@@ -309,26 +357,19 @@ def tabulate(results, arms, floor):
             + write_markdown(*differences))
 
 
-def colour_of(arm):
-    """Black for full data, grey for random, blue for eq. 6, orange for eq. 9, green for others."""
-    if arm.file or arm.rank_by not in ("rating", "instance"):
-        return "#009E73"
-    return {"": "black" if arm.keep == 1 else "0.6", EQ6: "#0072B2", EQ9: "#D55E00"}.get(
-        arm.ratings, "#009E73")
-
-
 def draw_results(path, results, arms):
     """Every seed as a point, the mean as a bar with its 95 % interval."""
     metrics = [name for name in METRICS if name != "score"]
+    colours = {"": "0.4", EQ6: "#0072B2", EQ9: "#D55E00"}
     figure, axes = plt.subplots(1, len(metrics), figsize=(11, 0.34 * len(arms) + 1), sharey=True)
     for axis, metric in zip(axes, metrics):
         for place, arm in enumerate(arms):
             values = [row[metric] for row in results if row["arm"] == arm.name]
             mean, half = interval(values)
-            axis.errorbar(mean, place, xerr=np.nan_to_num(half), fmt="|", color=colour_of(arm),
-                          capsize=3, markersize=12)
-            axis.plot(values, [place] * len(values), "o", color=colour_of(arm), markersize=4,
-                      alpha=0.7)
+            colour = colours.get(arm.ratings, "#009E73") if not arm.file else "#009E73"
+            axis.errorbar(mean, place, xerr=np.nan_to_num(half), fmt="|", color=colour, capsize=3,
+                          markersize=12)
+            axis.plot(values, [place] * len(values), "o", color=colour, markersize=4, alpha=0.7)
         better = "more" if METRICS[metric] > 0 else "less"
         axis.set(xlabel=f"{metric} ({better} is better)")
         axis.grid(axis="x", alpha=0.3)
@@ -336,26 +377,25 @@ def draw_results(path, results, arms):
             axis.set_xscale("log")
             axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}",
                            minor_formatter="")
-        else:
-            axis.set_xlim(left=0)
         axis.tick_params(axis="x", labelsize=8)
     axes[0].set_yticks(range(len(arms)), [arm.name for arm in arms])
     axes[0].invert_yaxis()
     figure.tight_layout()
-    s2.save_figure(figure, path)
+    s3.save_figure(figure, path)
 
 
 def draw_samples(path, samples, test):
     """Eight captions: the real image, then what each arm draws for it from the same noise."""
     columns = min(8, len(test))
-    rows = {"real": test.batch(np.arange(columns))[0].cpu(), **samples}
+    rows = {"real": test.batch(np.arange(columns))[0].cpu(),
+            **{name: images / 127.5 - 1 for name, images in samples.items()}}
     captions = test.read("caption", np.arange(columns))
     figure, axes = plt.subplots(len(rows), columns, figsize=(10, 1.05 * len(rows) + 0.8))
     for k, (row, (name, images)) in enumerate(zip(axes, rows.items())):
-        s2.show_pictures(row, images, captions if k == 0 else [""] * columns)
+        s3.show_pictures(row, images, captions if k == 0 else [""] * columns)
         row[0].text(-0.15, 0.5, name, ha="right", va="center", transform=row[0].transAxes)
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
-    s2.save_figure(figure, path)
+    s3.save_figure(figure, path)
 
 
 # ---- the stage -------------------------------------------------------------------------------
@@ -371,35 +411,30 @@ def parse_args(argv=None):
 
 
 def main(args, device, arms=ARMS, name="results"):
-    out = Path(args.out)
-    settings, _ = s1.load(out / "proxy.pt", "01_proxy.py")
-    pairs, val, test = (s1.open_pairs(out / "pairs", split, device)
-                        for split in ("train", "val", "test"))
-    planted = s4.find_planted(pairs)
-    pool = np.arange(len(pairs))
-    if args.selected and planted.any():                    # as in the selections of stage 4
-        s1.print0(f"{planted.sum()} pairs with planted dirt are in no arm")
-        pool = np.flatnonzero(~planted)
-    arms, stem = list_arms(args, pairs, pool, arms), out / name
-    foretell(arms, args, settings, pairs, pool)
-    judge = (StandardJudge(args, device) if args.metrics == "standard" else s3.train_contrast(
-        test, 20 if args.smoke else s3.CONTRAST_STEPS, settings.seed))
-    x, other = (split.batch(np.arange(min(DRAWN, len(split))))[0] for split in (test, val))
-    reference = moments(torch.cat([judge.embed_images(part)[0] for part in x.split(PART)]))
-    real = judge_images(judge, other, val.read("caption", np.arange(len(other))), reference)
-    floor = (f"{len(other)} real images that the judge has not seen: score {real['score']:.1f}, "
+    cores, stem = 1, Path(args.out) / name
+    if device.type == "cpu" and s1.world() == 1:           # arms side by side, with a thread each
+        cores = torch.get_num_threads()
+        torch.set_num_threads(1)
+    lab = find_lab(args, device)
+    if len(lab.pool) < len(lab.pairs):                     # as in the selections of stage 4
+        s1.print0(f"{len(lab.pairs) - len(lab.pool)} pairs with planted dirt are in no arm")
+    arms = list_arms(args, lab.pairs, lab.pool, arms)
+    steps = foretell(arms, args, lab)
+    rows = np.arange(min(DRAWN, len(lab.val)))
+    real = judge_images(lab.judge, lab.val.batch(rows)[0], lab.val.read("caption", rows),
+                        lab.reference)
+    floor = (f"{len(rows)} real images that the judge has not seen: score {real['score']:.1f}, "
              f"match {real['match']:.0f} %, distance {real['distance']:.3f}")
     s1.print0(floor)
     if args.save_images:
-        save_images(Path(args.save_images) / "real", x, test)
-    results, samples, progress = run_all(stem, arms, args, settings, pairs, pool, test, judge,
-                                         reference)
+        save_images(args, "real", lab.test.images[lab.test.rows], lab.test)
+    results, samples, progress = run_all(stem, arms, steps, args, lab, device, cores)
     table = tabulate(results, arms, floor)
     if s1.rank() == 0:
         with s1.atomic_file(f"{stem}.md") as file:
             file.write(table)
         draw_results(f"{stem}.png", results, arms)
-        draw_samples(f"{stem}-samples.png", samples, test)
+        draw_samples(f"{stem}-samples.png", samples, lab.test)
     progress.finish()
     s1.print0(f"\n{table}\nwrote {stem}.csv, .md, .png and {stem}-samples.png")
 
@@ -522,14 +557,6 @@ class Clip(nn.Module):
         return self.ln_final(h)[rows, ids.argmax(1)] @ self.text_projection
 
 
-def load_archive(path):
-    """The state dict of a TorchScript archive, in float32."""
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        state = torch.jit.load(path, map_location="cpu").state_dict()         # deprecated
-    return {name: value.float() for name, value in state.items()
-            if value.is_floating_point()}                  # not its three sizes
-
-
 @functools.cache
 def character_class(kind):
     """The code points of Unicode category `kind` (L, N), as ranges for a regular expression."""
@@ -589,11 +616,15 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 class StandardJudge:
     """The interface of stage 3's `Contrast`, with the networks of FID and of the CLIP score."""
 
-    def __init__(self, args, device):
+    def __init__(self, folder, device):
         torch.backends.cudnn.allow_tf32 = False            # else features differ between GPUs
         torch.set_float32_matmul_precision("highest")      # (the arms train without TF32, too)
-        paths = {what: find_weights(what, args.weights) for what in WEIGHTS}
-        self.inception, state = build_inception(), load_archive(paths["clip"])
+        paths = {what: find_weights(what, folder) for what in WEIGHTS}
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            state = torch.jit.load(paths["clip"], map_location="cpu").state_dict()     # deprecated
+        state = {name: value.float() for name, value in state.items()
+                 if value.is_floating_point()}             # not its three sizes
+        self.inception = build_inception()
         self.inception.load_state_dict(torch.load(paths["inception"], weights_only=True))
         self.inception.fc = nn.Identity()                  # the 2048 features before the classes
         self.clip = Clip(state)
