@@ -381,7 +381,7 @@ ENTRY = np.dtype([("hash", "u8"), ("pixels", "u8"), ("key", "i8"), ("caption", "
                   ("stratum", "S15")])                     # hashes of key and picture
 PREPARED = ("data", "val", "pairs", "plant", "root", "size", "words", "seed", "smoke")
 TASK, TOY_TASK = 2048, 20000           # pairs that a core reads or draws at a time
-LEAST = {"train": 32, "val": 8, "test": 8}                 # pairs of a split
+LEAST = 16                             # pairs of a split
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[\w{}]+".format("".join(
     chr(k) for k in range(0x300, 0x1f000) if unicodedata.category(chr(k)).startswith("M"))))
 
@@ -577,10 +577,10 @@ def split_rows(folder, labels, args):
         lots = np.argsort(keys[splits["train"]])[:args.pairs]
         splits["train"] = splits["train"][np.sort(lots)]
     for split, rows in splits.items():
-        least = max(LEAST[split], vars(args).get("batch_size", 0))
+        least = max(LEAST, vars(args).get("batch_size", 0))
         if len(rows) < least:
             raise SystemExit(f"the {split} split has {len(rows)} readable pairs, fewer than {least}"
-                             ": add pairs" + ", or lower --batch-size" * (least > LEAST[split]))
+                             ": add pairs" + ", or lower --batch-size" * (least > LEAST))
         np.save(folder / f"{split}.npy", rows)
         shared = np.intersect1d(entries["pixels"][rows], entries["pixels"][splits["train"]])
         if split != "train" and len(shared):
@@ -1119,20 +1119,18 @@ def write_csv(path, columns, rows):
 
 def say(text, value, chance, good, cure):
     """The verdict on a measured number, in words: {} in `text` stays empty or becomes a no."""
-    if np.isnan(value):
-        return f"{text.format('perhaps ')}: it cannot be told here, no two pairs differ in it"
     doubt = "" if value >= good else "hardly " if value >= (chance + good) / 2 else "not "
     return f"{text.format(doubt)}: {value:.2f} ({chance:g} is chance)" + (doubt and f"; {cure}")
 
 
 def parse(argv, description, smoke=None, **defaults):
     """Options of {name: (default, help)}, and --out. `smoke` are the defaults of a tiny run. A
-    number must be above 0, but for one that is 0 by default."""
+    number is not negative, and a whole one is 0 only where that is its default."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
-    tiny = {"smoke": (False, "tiny run, to see that it works; what is typed still counts")}
-    for name, (default, text) in {"out": ("out", "folder of all results"), **defaults,
-                                  **(tiny if smoke else {})}.items():
-        how = {"action": "store_true"} if default is False else {"type": type(default or "")}
+    if smoke:
+        defaults["smoke"] = False, "tiny run, to see that it works; what is typed still counts"
+    for name, (default, text) in {"out": ("out", "folder of all results"), **defaults}.items():
+        how = {"action": "store_true"} if default is False else {"type": type(default)}
         if isinstance(default, tuple):                     # of choices the first
             default, how = default[0], {"choices": [choice for choice in default if choice]}
         how = {"nargs": "+"} if default == [] else how
@@ -1153,10 +1151,13 @@ def parse(argv, description, smoke=None, **defaults):
 
 def read_plant(text):
     """'captions=0.1,noise=0.05' -> {kind of PLANTED: share}."""
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    planted = {name: float(share) for name, _, share in pairs if re.fullmatch(r"0?\.\d+", share)}
-    if (len(pairs) != len(planted) or not set(planted) <= set(PLANTED)
-            or sum(planted.values()) > 0.99):
+    try:
+        shares = [part.split("=") for part in text.split(",") if part]
+        planted = {name: float(share) for name, share in shares}
+    except ValueError:
+        planted = {text: 1}
+    if not (set(planted) <= set(PLANTED) and all(share > 0 for share in planted.values())
+            and sum(planted.values()) <= 0.99):
         raise SystemExit(f"--plant {text}: name kinds of {', '.join(PLANTED)} and shares of 0.99 "
                          "at most together, as in --plant captions=0.1,noise=0.05")
     return planted

@@ -43,17 +43,21 @@ Run      python 02_meta_rater.py                        under a minute on two co
          torchrun --nproc-per-node 2 -- 02_meta_rater.py --signal loss
 """
 import importlib
+import math
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision.transforms import functional as image_ops
 
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 s1 = importlib.import_module("01_proxy")
 
+CONTRAST_STEPS = 500       # of the contrastive network's training
 GROUP = 32                 # pairs under one softmax; W_batch ranks the groups of a batch
 
 
@@ -216,6 +220,74 @@ def warn_of_collapse(*means):
                  logit_std < 0.01}
     found = "; ".join(sign for sign, seen in signs.items() if seen)
     return f"   COLLAPSE: {found}" if found else ""
+
+
+# ---- a rival without meta-gradient: a contrastive network on the same validation pairs ---------
+class Contrast(nn.Module):
+    """Image -> features (B, 64) -> unit vector (B, 32); caption -> unit vector; cosine compares.
+
+    CLIP in small: stage 3 ranks by it, and stage 5 trains another one, of other pairs, as its judge.
+    """
+
+    def __init__(self, size, words):
+        super().__init__()
+        self.words = words
+        widths = [3] + [32 * 2 ** k for k in range(int(math.log2(size // 4)) + 1)]
+        convolutions = [layer for a, b in zip(widths[:-1], widths[1:]) for layer in
+                        (nn.Conv2d(a, b, 3, stride=1 if a == 3 else 2, padding=1), nn.GELU())]
+        self.image = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                                   nn.Linear(16 * widths[-1], 64))
+        self.image_head = nn.Sequential(nn.GELU(), nn.Linear(64, 32))
+        self.word = nn.Embedding(s1.VOCABULARY, 64, padding_idx=0)
+        self.text = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32))
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def embed_images(self, x):
+        """Features (B, 64) and unit vectors (B, 32) of images (B, 3, H, W)."""
+        f = self.image(x)
+        return f, F.normalize(self.image_head(f), dim=1)
+
+    def embed_tokens(self, c):
+        """Unit vectors (B, 32) of captions as tokens (B, T)."""
+        return F.normalize(self.text(self.word(c).sum(1)), dim=1)
+
+    def compare(self, x, c):
+        """Cosine (B,) of pictures and their captions."""
+        return (self.embed_images(x)[1] * self.embed_tokens(c)).sum(1)
+
+    def embed_captions(self, captions):
+        """Unit vectors (B, 32) of a list of captions."""
+        return self.embed_tokens(s1.to_device(s1.tokenize(captions, self.words),
+                                              self.scale.device).long())
+
+
+def degrade(x, rng):
+    """A third of the images as they are, a third noised, a third blurred."""
+    kind = torch.randint(3, (len(x), 1, 1, 1), generator=rng, device=x.device)
+    amount = 0.6 * torch.rand(kind.shape, generator=rng, device=x.device)
+    noised = x + amount * torch.randn(x.shape, generator=rng, device=x.device)
+    blurred = image_ops.gaussian_blur(x, 5, 1.0)
+    return torch.where(kind == 0, x, torch.where(kind == 1, noised, blurred))
+
+
+def train_contrast(pairs, steps, seed, batch_size=128):
+    """Contrastive training; pairs of the batch that share a caption are all right answers."""
+    device, batch_size = pairs.device, min(batch_size, len(pairs))
+    torch.manual_seed(seed)
+    net = Contrast(pairs.images.shape[-1], pairs.tokens.shape[1]).to(device)
+    opt = s1.adamw(net, 2e-3)
+    for k, rows in enumerate(s1.draw_batches(len(pairs), batch_size, seed, 0, steps)):
+        opt.param_groups[0]["lr"] = 2e-3 * (1 - k / steps)
+        rng = s1.seeded(device, seed, "contrast", k)
+        x, c = pairs.batch(rows)
+        same = (c[:, None] == c[None]).all(2).float()                         # (B, B)
+        cosines = net.embed_images(degrade(x, rng))[1] @ net.embed_tokens(c).T  # (B, B)
+        logits, right = net.scale.exp() * cosines, same / same.sum(1, keepdim=True)
+        loss = F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+    return net.eval().requires_grad_(False)
 
 
 # ---- the stage -------------------------------------------------------------------------------

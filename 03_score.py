@@ -30,7 +30,6 @@ Run      python 03_score.py                      ten seconds on two cores
 import argparse
 import csv
 import importlib
-import math
 import os
 import re
 import sys
@@ -41,9 +40,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torchvision.transforms import functional as image_ops
 
 matplotlib.use("Agg")
 matplotlib.rcParams["text.parse_math"] = False             # a $ in a name is a $
@@ -61,7 +57,6 @@ SHOWN = 1_000_000          # ratings at most that the report and the figures loo
 NUMBERS = ["instance", "group", "rating"]
 BASELINES = ["ref_loss", "difference", "gain", "contrast"]
 LOW_IS_GOOD = ("ref_loss", "difference")
-CONTRAST_STEPS = 500       # of the contrastive network's training
 
 
 # ---- the score -------------------------------------------------------------------------------
@@ -97,8 +92,8 @@ def score_chunk(nets, x, c, companions, rng):
     group = mean_group_weight(nets["rater"], f, companions)                   # (B,)
     columns = [instance, group, instance + group.log()]    # log W_i, but for eq. 7's normaliser
     if "contrast" in nets:
-        cosine = (nets["contrast"].embed_images(x)[1] * nets["contrast"].embed_tokens(c)).sum(1)
-        columns += [*baselines(nets["proxy"], nets["ref"], x, c, rng), cosine]
+        columns += [*baselines(nets["proxy"], nets["ref"], x, c, rng),
+                    nets["contrast"].compare(x, c)]
     return torch.stack(columns, 1)
 
 
@@ -162,67 +157,6 @@ def rank_by(columns, names):
     ref_loss and difference a low value is good."""
     ratings = [columns[name] * (-1 if name in LOW_IS_GOOD else 1) for name in names.split(",")]
     return ratings[0] if len(ratings) == 1 else -np.mean([places(rating) for rating in ratings], 0)
-
-
-# ---- a rival: a contrastive network on the same trusted pairs ---------------------------------
-class Contrast(nn.Module):
-    """Image -> features (B, 64) -> unit vector (B, 32); caption -> unit vector; cosine compares."""
-
-    def __init__(self, size, words):
-        super().__init__()
-        self.words = words
-        widths = [3] + [32 * 2 ** k for k in range(int(math.log2(size // 4)) + 1)]
-        convolutions = [layer for a, b in zip(widths[:-1], widths[1:]) for layer in
-                        (nn.Conv2d(a, b, 3, stride=1 if a == 3 else 2, padding=1), nn.GELU())]
-        self.image = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-                                   nn.Linear(16 * widths[-1], 64))
-        self.image_head = nn.Sequential(nn.GELU(), nn.Linear(64, 32))
-        self.word = nn.Embedding(s1.VOCABULARY, 64, padding_idx=0)
-        self.text = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32))
-        self.scale = nn.Parameter(torch.tensor(2.0))
-
-    def embed_images(self, x):
-        """Features (B, 64) and unit vectors (B, 32) of images (B, 3, H, W)."""
-        f = self.image(x)
-        return f, F.normalize(self.image_head(f), dim=1)
-
-    def embed_tokens(self, c):
-        """Unit vectors (B, 32) of captions as tokens (B, T)."""
-        return F.normalize(self.text(self.word(c).sum(1)), dim=1)
-
-    def embed_captions(self, captions):
-        """Unit vectors (B, 32) of a list of captions."""
-        return self.embed_tokens(s1.to_device(s1.tokenize(captions, self.words),
-                                              self.scale.device).long())
-
-
-def degrade(x, rng):
-    """A third of the images as they are, a third noised, a third blurred."""
-    kind = torch.randint(3, (len(x), 1, 1, 1), generator=rng, device=x.device)
-    amount = 0.6 * torch.rand(kind.shape, generator=rng, device=x.device)
-    noised = x + amount * torch.randn(x.shape, generator=rng, device=x.device)
-    blurred = image_ops.gaussian_blur(x, 5, 1.0)
-    return torch.where(kind == 0, x, torch.where(kind == 1, noised, blurred))
-
-
-def train_contrast(pairs, steps, seed, batch_size=128):
-    """Contrastive training; pairs of the batch that share a caption are all right answers."""
-    device, batch_size = pairs.device, min(batch_size, len(pairs))
-    torch.manual_seed(seed)
-    net = Contrast(pairs.images.shape[-1], pairs.tokens.shape[1]).to(device)
-    opt = s1.adamw(net, 2e-3)
-    for k, rows in enumerate(s1.draw_batches(len(pairs), batch_size, seed, 0, steps)):
-        opt.param_groups[0]["lr"] = 2e-3 * (1 - k / steps)
-        rng = s1.seeded(device, seed, "contrast", k)
-        x, c = pairs.batch(rows)
-        same = (c[:, None] == c[None]).all(2).float()                         # (B, B)
-        cosines = net.embed_images(degrade(x, rng))[1] @ net.embed_tokens(c).T  # (B, B)
-        logits, right = net.scale.exp() * cosines, same / same.sum(1, keepdim=True)
-        loss = F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
-    return net.eval().requires_grad_(False)
 
 
 # ---- analysis: what the ratings mean ---------------------------------------------------------
@@ -323,8 +257,8 @@ def main(args, device):
     pairs = s1.open_pairs(folder, "train", device)
     val, test = (s1.open_pairs(out / "pairs", split, device) for split in ("val", "test"))
     if args.baselines:                                     # stage 5's judge has other pairs
-        steps = 20 if settings.smoke else CONTRAST_STEPS
-        nets["contrast"] = train_contrast(val, steps, settings.seed + 1)
+        steps = 20 if settings.smoke else s2.CONTRAST_STEPS
+        nets["contrast"] = s2.train_contrast(val, steps, settings.seed + 1)
     name, _ = s2.name_rater(args.signal)
     stem = out / f"{name.replace('rater', 'ratings')}{folder.name.removeprefix('pairs')}"
     sources = [out / f"{name}.pt", folder / "made.json"]

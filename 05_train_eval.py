@@ -11,7 +11,7 @@ random selections. Measured on the test pairs, which neither a proxy nor an arm 
     score      100 cos between drawn image and its caption, as a CLIP score
     match      share of drawn images whose own caption is the nearest of all distinct captions
 
-Features and cosines come from stage 3's small contrastive network, trained here on the test pairs,
+Features and cosines come from a small contrastive network like stage 2's, trained here on the test pairs,
 which no rating has seen: its distance is not FID and its score not OpenAI's CLIP score. --metrics
 standard uses the public networks of both instead: their code comes after `main` and can be skipped.
 Full data and a random selection are always among the arms; tests/evidence.py has the paper's other
@@ -54,6 +54,7 @@ from torchvision.transforms import InterpolationMode, functional as image_ops
 
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 s1 = importlib.import_module("01_proxy")
+s2 = importlib.import_module("02_meta_rater")
 s3 = importlib.import_module("03_score")
 s4 = importlib.import_module("04_select")
 
@@ -213,8 +214,8 @@ def open_lab(out, metrics, weights, smoke, real, device):
     pairs, val, test = (s1.open_pairs(Path(out) / "pairs", split, device)
                         for split in ("train", "val", "test"))
     pool = np.flatnonzero(~(s4.find_planted(pairs) & real))
-    judge = (StandardJudge(weights, device) if metrics == "standard" else s3.train_contrast(
-        test, 20 if smoke else s3.CONTRAST_STEPS, settings.seed))
+    judge = (StandardJudge(weights, device) if metrics == "standard" else s2.train_contrast(
+        test, 20 if smoke else s2.CONTRAST_STEPS, settings.seed))
     x, _ = test.batch(np.arange(min(DRAWN, len(test))))
     reference = moments(torch.cat([judge.embed_images(part)[0] for part in x.split(PART)]))
     return Lab(settings, pairs, pool, val, test, judge, reference)
@@ -614,7 +615,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 class StandardJudge:
-    """The interface of stage 3's `Contrast`, with the networks of FID and of the CLIP score."""
+    """The interface of stage 2's `Contrast`, with the networks of FID and of the CLIP score."""
 
     def __init__(self, folder, device):
         torch.backends.cudnn.allow_tf32 = False            # else features differ between GPUs

@@ -87,3 +87,16 @@ def print_table(columns, rows):
     head(*columns)
     for row in rows:
         show(*row)
+
+
+class Watched(s1.Progress):
+    """A loop that calls after(k) when k steps are done."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def steps(self, goal, **parts):
+        for k in super().steps(goal, **parts):
+            yield k
+            self.after(k + 1)

@@ -1,19 +1,20 @@
-"""Real pictures: which rater, which meta step and which signal find which dirt. See `questions`.
+"""Real pictures: which rater, which meta step and which signal find which dirt. See QUESTIONS.
 
-    python tests/real.py eyes toy fashion photos errors --seeds 3    raters with and without the
-                                                 proxy's eyes on one signal, 4 minutes a corpus and seed
-    python tests/real.py steps toy fashion photos errors --seeds 3   what theta and theta_hat train on
-    python tests/real.py curve errors=TRAIN,VAL --seeds 3            how many steps captions take
-    python tests/real.py signals errors=TRAIN,VAL --seeds 3          which signal finds which dirt
-    python tests/real.py arms planted --seeds 5 --csv FILE           and what training on its half gives
+    python tests/real.py eyes toy fashion --seeds 3          raters with and without the proxy's
+                                                             eyes, 4 minutes a corpus and seed
+    python tests/real.py steps toy fashion --seeds 3         what theta and theta_hat train on
+    python tests/real.py curve errors=TRAIN,VAL --seeds 3    how many steps captions take
+    python tests/real.py signals errors=TRAIN,VAL --seeds 3  which signal finds which dirt
+    python tests/real.py arms planted --seeds 5 --csv FILE   and what training on its half gives
 
 A corpus is `toy`, `fashion` (FashionMNIST, 40 % of the captions swapped), `planted` (FashionMNIST
-with the toy's dirt), `similar` (swapped among similar classes), or NAME=TRAIN,VAL with tar shards or
-folders whose `stratum` is known. AUC: P(a right pair is ranked above one of the stratum named).
+with the toy's dirt), `similar` (swapped among similar classes), or NAME=TRAIN,VAL with tar shards
+or folders whose `stratum` is known. AUC: P(a right pair is ranked above one of the stratum named).
 """
 import argparse
 import contextlib
 import copy
+import functools
 import sys
 import tempfile
 import time
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import STAGES, cell, head, show
+from common import STAGES, Watched, cell, head, show
 
 s1, s2, s3, s4, s5 = STAGES
 SIMILAR = (("t-shirt", "shirt", "pullover", "coat", "dress"), ("sneaker", "sandal", "ankle boot"))
@@ -41,8 +42,9 @@ CORPORA = {                # name: options of 01_proxy.py
 }
 
 
+@contextlib.contextmanager
 def open_corpus(name, args, seed):
-    """Name, settings and splits of a corpus."""
+    """Name, options and splits of a corpus, prepared in a folder that lasts as long."""
     name, _, places = name.partition("=")
     flags = CORPORA.get(name)
     if places:
@@ -50,28 +52,31 @@ def open_corpus(name, args, seed):
         flags = ["--data", train, "--val", val, "--steps", "800", *FOLDER]
     if flags is None:
         raise SystemExit(f"{name}: a corpus is {', '.join(CORPORA)} or NAME=TRAIN,VAL")
-    if args.root:
-        flags = [*flags, "--root", args.root]
-    settings = s1.parse_args([*flags, "--seed", str(seed)] + ["--smoke"] * args.smoke)
-    settings.out = None
-    splits = s1.load_data(settings, torch.device("cpu"))
-    if name == "similar":
-        splits[0] = swap_similar(splits[0], 0.4, seed)
-    return name, settings, splits
+    flags = flags + ["--root", args.root] * bool(args.root) + ["--smoke"] * args.smoke
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
+        settings, folder = s1.parse_args([*flags, "--out", out, "--seed", str(seed)]), Path(out)
+        s1.prepare(folder / "pairs", settings)
+        if name == "similar":
+            swap_similar(folder / "pairs", 0.4, seed)
+        yield name, settings, [s1.open_pairs(folder / "pairs", split)
+                               for split in ("train", "val", "test")]
 
 
-def swap_similar(pairs, share, seed):
+def swap_similar(folder, share, seed):
     """A share of the captions that have similar ones in SIMILAR takes another of these."""
-    rng = np.random.default_rng([seed, 16])
-    captions, strata = list(pairs.captions), list(pairs.strata)
-    for row, caption in enumerate(captions):
+    pairs, rng = s1.open_pairs(folder), np.random.default_rng([seed, 16])
+    tokens, entries = (np.load(folder / f"{name}.npy", mmap_mode="r+")
+                       for name in ("tokens", "entries"))
+    captions = pairs.read("caption")
+    known = {caption: (tokens[row].copy(), entries["caption"][row].item())
+             for row, caption in zip(pairs.rows, captions)}
+    for row, caption in zip(pairs.rows, captions):
         group = next((group for group in SIMILAR if caption.split(" ", 4)[-1] in group), ())
         if group and rng.random() < share:
             others = [s1.name_class(name) for name in group]
-            captions[row] = rng.choice([other for other in others if other != caption])
-            strata[row] = "planted-caption"
-    tokens = s1.tokenize(captions, pairs.tokens.shape[1])
-    return s1.Pairs(pairs.images, tokens, pairs.keys, captions, strata)
+            other = rng.choice([other for other in others if other != caption])
+            tokens[row], entries["caption"][row] = known[other]
+            entries["stratum"][row] = b"planted-caption"
 
 
 # ---- raters ----------------------------------------------------------------------------------
@@ -121,8 +126,7 @@ def proxy_losses(nets, train, val, rng, W, dropped, training_term):
     if dropped:
         c, c_val = (s1.drop_captions(words, rng) for words in (c, c_val))
     t, eps = s1.draw_noise(x, rng, s1.T_SHIFT)
-    L_val = s1.flow_loss(nets["proxy"], x_val, c_val,
-                         *s1.draw_noise(x_val, rng)).mean()
+    L_val = s1.flow_loss(nets["proxy"], x_val, c_val, *s1.draw_noise(x_val, rng)).mean()
     with torch.set_grad_enabled(training_term):
         L_theta = s1.flow_loss(nets["proxy"], x, c, t, eps)
     L_hat = s1.flow_loss(nets["ref"], x, c, t, eps)
@@ -154,9 +158,9 @@ def walk(settings, splits, proxy, steps, dropped, training_term, raters=(), afte
     opts = {name: s1.adamw(net, 1e-3) for name, net in nets.items()}
     rater_opts = {name: s1.adamw(rater, 1e-3) for name, rater in dict(raters).items()}
     spent = dict.fromkeys(dict(raters), 0.0)
-    batches = [s1.stream(split, s1.draw_batches(len(split), 64, settings.seed, 0,
-                                                                 steps)) for split in splits[:2]]
-    for k, ((_, x, c), (_, *val)) in enumerate(zip(*batches), 1):
+    batches = (s1.draw_batches(len(split), 64, settings.seed, 0, steps) for split in splits[:2])
+    for k, both in enumerate(zip(*batches), 1):
+        (x, c), val = (split.batch(rows) for split, rows in zip(splits, both))
         rng = s1.seeded("cpu", settings.seed, "meta", k)
         W = torch.full((len(x),), 1 / len(x))
         losses, gap = proxy_losses(nets, (x, c), val, rng, W, dropped, training_term)
@@ -165,8 +169,7 @@ def walk(settings, splits, proxy, steps, dropped, training_term, raters=(), afte
             start = time.perf_counter()
             W_inst, W_batch = s2.weigh(rater, x, c, 32)
             total = (gap.view(-1, 32) * W_inst.detach()).sum(1)
-            loss = (s2.rater_objective(W_inst, W_batch, s,
-                                       s2.rank_normal(total)[:, None])
+            loss = (s2.rater_objective(W_inst, W_batch, s, s2.rank_normal(total)[:, None])
                     + s2.negative_entropy(W_inst, W_batch))
             s1.descend(loss, rater, rater_opts[name])
             spent[name] += time.perf_counter() - start
@@ -177,13 +180,17 @@ def walk(settings, splits, proxy, steps, dropped, training_term, raters=(), afte
 
 
 def warm(settings, pairs):
-    """The warm proxy, the pairs that the AUC is taken over, and their strata."""
+    """The warm proxy, the probe and its strata."""
     torch.manual_seed(settings.seed)
-    proxy = s1.build_proxy(settings, "cpu")
+    proxy = s1.build_proxy(settings, torch.device("cpu"))
     s1.train(proxy, pairs, settings.steps, settings.batch_size, settings.lr, settings.seed)
-    rows = np.random.default_rng(settings.seed).permutation(len(pairs))[:PROBE]
-    probe = pairs.take(np.sort(rows))
-    return proxy, probe, np.array(probe.strata)
+    probe = find_probe(pairs, settings.seed)
+    return proxy, probe, probe.strata()
+
+
+def find_probe(pairs, seed):
+    """The pairs that the AUC is taken over."""
+    return pairs.take(np.sort(np.random.default_rng(seed).permutation(len(pairs))[:PROBE]))
 
 
 # ---- questions -------------------------------------------------------------------------------
@@ -192,27 +199,34 @@ def ask_eyes(args):
     for corpus in args.corpora:
         table = {}
         for seed in range(args.seeds):
-            name, settings, splits = open_corpus(corpus, args, seed)
-            proxy, probe, strata = warm(settings, splits[0])
-            raters = build_raters(settings, proxy)
-
-            def after(k):
-                if k in CHECKS:
-                    for rater_name, rater in raters.items():
-                        for stratum, area in s3.areas(strata, rate(rater, probe)).items():
-                            table.setdefault((rater_name, stratum, k), []).append(area)
-
-            steps = CHECKS[0] if args.smoke else CHECKS[-1]
-            nets, spent = walk(settings, splits, proxy, steps, True, True, raters, after)
-            for rater_name, milliseconds in spent.items():
-                table.setdefault((rater_name, "ms"), []).append(milliseconds)
-            for signal, values in signals(nets, probe, seed).items():
-                for stratum, area in s3.areas(strata, values).items():
-                    table.setdefault((signal, stratum, steps), []).append(area)
+            with open_corpus(corpus, args, seed) as (name, settings, splits):
+                look_at_eyes(settings, splits, table, CHECKS[0] if args.smoke else CHECKS[-1])
         head(f"{name}: rater", "AUC over", *(f"{k} steps" for k in CHECKS), "ms a step")
         for key in sorted({key[:2] for key in table if len(key) == 3}):
             cells = [cell(table[(*key, k)], 3) if (*key, k) in table else "" for k in CHECKS]
             show(*key, *cells, cell(table[key[0], "ms"], 0) if (key[0], "ms") in table else "")
+
+
+def note_areas(table, key, strata, values, *more):
+    """Add the AUC over every stratum to table[(*key, stratum, *more)]."""
+    for stratum, area in s3.areas(strata, values).items():
+        table.setdefault((*key, stratum, *more), []).append(area)
+
+
+def look_at_eyes(settings, splits, table, steps):
+    """One seed of `ask_eyes`, added to `table`."""
+    proxy, probe, strata = warm(settings, splits[0])
+    raters = build_raters(settings, proxy)
+
+    def after(k):
+        if k in CHECKS:
+            for name, rater in raters.items():
+                note_areas(table, [name], strata, rate(rater, probe), k)
+    nets, spent = walk(settings, splits, proxy, steps, True, True, raters, after)
+    for name, milliseconds in spent.items():
+        table.setdefault((name, "ms"), []).append(milliseconds)
+    for signal, values in signals(nets, probe, settings.seed).items():
+        note_areas(table, [signal], strata, values, steps)
 
 
 def ask_steps(args):
@@ -220,132 +234,19 @@ def ask_steps(args):
     for corpus in args.corpora:
         table = {}
         for seed in range(args.seeds):
-            name, settings, splits = open_corpus(corpus, args, seed)
-            proxy, probe, strata = warm(settings, splits[0])
-            for dropped in (False, True):
-                for training_term in (True, False):
+            with open_corpus(corpus, args, seed) as (name, settings, splits):
+                proxy, probe, strata = warm(settings, splits[0])
+                for dropped, term in ((False, True), (False, False), (True, True), (True, False)):
                     nets, _ = walk(settings, splits, proxy, 10 if args.smoke else 300, dropped,
-                                   training_term)
+                                   term)
                     step = (f"captions {'dropped in a tenth' if dropped else 'kept'}, theta on "
-                            f"{'eq. 5' if training_term else 'validation alone'}")
+                            f"{'eq. 5' if term else 'validation alone'}")
                     for signal, values in signals(nets, probe, seed).items():
-                        for stratum, area in s3.areas(strata, values).items():
-                            table.setdefault((step, signal, stratum), []).append(area)
+                        note_areas(table, [step, signal], strata, values)
         strata = sorted({key[2] for key in table})
         head(f"{name}: meta step", "signal", *strata)
         for step, signal in dict.fromkeys(key[:2] for key in table):
             show(step, signal, *(cell(table[step, signal, stratum], 3) for stratum in strata))
-
-
-# ---- the whole chain on one corpus --------------------------------------------------------------
-SIGNALS = {                # name in the tables: (raters' signals, columns of stage 3, sign)
-    "eq. 6": [("difference", "rating", 1)], "eq. 9": [("loss", "rating", 1)],
-    "difference": [("difference", "difference", -1)], "loss": [("difference", "loss", -1)],
-    "contrast": [("difference", "contrast", 1)], "gain": [("difference", "gain", 1)],
-    "eq. 6 + gain": [("difference", "rating", 1), ("difference", "gain", 1)],
-    "eq. 6 + contrast": [("difference", "rating", 1), ("difference", "contrast", 1)]}
-
-
-def rate_corpus(settings, splits, out, smoke):
-    """{signal: (N,), high is good} by stages 1 to 3 as they are shipped; and their seconds."""
-    start, tables, smoke = time.perf_counter(), {}, ["--smoke"] * smoke
-    common = ["--out", str(out), "--seed", str(settings.seed), *smoke]
-    settings.out = str(out)
-    unseen = mock.patch.multiple(s3, draw_bands=mock.DEFAULT, draw_dynamics=mock.DEFAULT,
-                                 draw_histogram=mock.DEFAULT)
-    with mock.patch.object(s1, "load_data", lambda *_: splits), unseen:
-        s1.launch(s1.main, settings)
-        for signal in ("difference", "loss"):
-            flags = [*common, "--signal", signal]
-            s1.launch(s2.main, s2.parse_args(flags))
-            flags += ["--baselines"] * (signal == "difference")
-            s1.launch(s3.main, s3.parse_args(flags))
-            tables[signal] = s3.read_table(
-                out / f"ratings{s2.suffix(signal)}.csv")
-    found = {name: s4.join([sign * tables[signal][column] for signal, column, sign in
-                            parts]) for name, parts in SIGNALS.items()}
-    return found, time.perf_counter() - start
-
-
-def ask_signals(args, judged=None):
-    """AUC of every signal over every kind of dirt."""
-    for corpus in args.corpora:
-        table, seconds = {}, []
-        for seed in range(args.seeds):
-            name, settings, splits = open_corpus(corpus, args, seed)
-            with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
-                found, spent = rate_corpus(settings, splits, Path(out), args.smoke)
-            strata = np.array(splits[0].strata)
-            for signal, values in found.items():
-                for stratum, area in s3.areas(strata, values).items():
-                    table.setdefault((signal, stratum), []).append(area)
-            seconds.append(spent)
-            if judged:
-                judged(name, settings, splits, found)
-        strata = sorted({stratum for _, stratum in table})
-        head(f"{name}: AUC over", *strata)
-        for signal in SIGNALS:
-            show(signal, *(cell(table[signal, stratum], 3) for stratum in strata))
-        print(f"\nrating, both raters and all signals: {np.mean(seconds):.0f} s a seed", flush=True)
-
-
-def list_selections(found, strata, seed):
-    """Baselines, then {arm: (rows, epochs in units of the others')}."""
-    n = len(strata)
-    chosen = {"full": np.arange(n), "random 50%": s4.select(
-        np.zeros(n), "random", 0.5, seed=seed)[0]}
-    for name, rating in found.items():
-        chosen[f"{name}, Top-K 50%"] = s4.select(rating, "topk", 0.5)[0]
-    for name in ("eq. 6", "eq. 9"):
-        chosen[f"{name}, Shift-Gsample 50%"] = s4.select(
-            found[name], "shift-gsample", 0.5, seed=seed)[0]
-    chosen["oracle: all right pairs"] = np.flatnonzero(strata == "informative")
-    arms = {name: (rows, 1) for name, rows in chosen.items()}
-    arms["eq. 6, Top-K 50%, equal updates"] = chosen["eq. 6, Top-K 50%"], 2
-    return arms
-
-
-def ask_arms(args):
-    """The same model trained on every selection: stage 5's tables, with a rating for each seed."""
-    flags = s5.parse_args(["--smoke"] * args.smoke)
-    results, floors = [], []
-
-    def judged(name, settings, splits, found):
-        pairs, val, test = splits
-        strata, seed = np.array(pairs.strata), settings.seed
-        judge = s3.train_contrast(
-            test, 20 if args.smoke else s3.CONTRAST_STEPS, seed)
-        (x, _), (other, _) = (split.batch(np.arange(min(s5.DRAWN, len(split))))
-                              for split in (test, val))
-        reference = s5.moments(judge.embed_images(x)[0])
-        floors.append(s5.judge_images(judge, other, val.captions[:len(other)], reference))
-        for arm, (rows, times) in list_selections(found, strata, seed).items():
-            torch.manual_seed(seed)
-            net, start = s1.build_proxy(settings, "cpu"), time.perf_counter()
-            steps = times * flags.epochs * (len(rows) // flags.batch_size)
-            s1.train(net, pairs.take(rows), steps, flags.batch_size, args.lr, seed,
-                     decay=s5.DECAY)
-            spent = time.perf_counter() - start
-            numbers, _ = s5.evaluate(net, test, judge, reference, seed)
-            shares = {stratum: float(np.mean(strata[rows] == stratum)) for stratum in
-                      s1.STRATUM_COLOURS if stratum in strata}
-            results.append({"arm": arm, "seed": seed, "pairs": len(rows), "steps": steps,
-                            "seconds": spent, **numbers, **shares})
-            print(f"{name} seed {seed} {arm:32} " + "  ".join(
-                f"{key} {numbers[key]:.3f}" for key in numbers), file=sys.stderr, flush=True)
-        if args.csv:
-            s1.write_csv(args.csv, list(results[0]), [
-                [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()]
-                for row in results])
-
-    if len(args.corpora) > 1:
-        raise SystemExit("arms takes one corpus")
-    ask_signals(args, judged)
-    names = dict.fromkeys(row["arm"] for row in results)
-    arms = [s5.Arm(name, "" if name in ("full", "random 50%") else "ratings")
-            for name in names]
-    print("\n" + s5.tabulate(results, arms, "real images: " + ", ".join(
-        f"{key} {cell([floor[key] for floor in floors])}" for key in floors[0])))
 
 
 def ask_curve(args):
@@ -354,27 +255,118 @@ def ask_curve(args):
     for corpus in args.corpora:
         table = {}
         for seed in range(args.seeds):
-            for width in (64, 128):
-                name, settings, (pairs, val, _) = open_corpus(corpus, args, seed)
-                settings.width, settings.steps = width, points[-1]
-                torch.manual_seed(seed)
-                proxy = s1.build_proxy(settings, "cpu")
-                rows = np.random.default_rng(seed).permutation(len(pairs))[:PROBE]
-                probe = pairs.take(np.sort(rows))
+            with open_corpus(corpus, args, seed) as (name, settings, (pairs, val, _)):
+                for width in (64, 128):
+                    settings.width = width
+                    torch.manual_seed(seed)
+                    proxy = s1.build_proxy(settings, torch.device("cpu"))
+                    probe = find_probe(pairs, seed)
 
-                def after(step):
-                    if step in points:
-                        gain = signals({"proxy": proxy, "ref": proxy}, probe, seed)[
-                            "caption gain of theta_hat"]
-                        found = {**s3.areas(np.array(probe.strata), gain), "captions read":
-                                 s1.read_captions(proxy, val, seed)}
-                        for what, value in found.items():
-                            table.setdefault((width, what, step), []).append(value)
-                s1.train(proxy, pairs, points[-1], settings.batch_size, settings.lr, seed,
-                         after=after)
+                    def after(step):
+                        if step in points:
+                            gain = signals({"proxy": proxy, "ref": proxy}, probe, seed)[
+                                "caption gain of theta_hat"]
+                            note_areas(table, [width], probe.strata(), gain, step)
+                            table.setdefault((width, "captions read", step), []).append(
+                                s1.read_captions(proxy, val, seed))
+                    s1.train(proxy, pairs, points[-1], settings.batch_size, settings.lr, seed,
+                             progress=Watched(after))
         head(f"{name}: width", "AUC of the caption gain over", *(f"{k} steps" for k in points))
         for width, what in dict.fromkeys(key[:2] for key in table):
             show(width, what, *(cell(table[width, what, k], 3) for k in points))
+
+
+# ---- the whole chain on one corpus -----------------------------------------------------------
+SIGNALS = {                # name in the tables: file of stage 3, its columns
+    "eq. 6": (s5.EQ6, "rating"), "eq. 9": (s5.EQ9, "rating"), "difference": (s5.EQ6, "difference"),
+    "loss": (s5.EQ6, "ref_loss"), "contrast": (s5.EQ6, "contrast"), "gain": (s5.EQ6, "gain"),
+    "eq. 6 + gain": (s5.EQ6, "rating,gain"), "eq. 6 + contrast": (s5.EQ6, "rating,contrast")}
+
+
+def rate_corpus(settings, smoke):
+    """Stages 1 to 3 as they are shipped, but for their figures, with both signals."""
+    unseen = dict.fromkeys(("draw_bands", "draw_histogram"), mock.DEFAULT)
+    with mock.patch.multiple(s3, **unseen):
+        s1.launch(s1.main, settings)
+        for signal in ("difference", "loss"):
+            flags = ["--out", settings.out, "--signal", signal]
+            s1.launch(s2.main, s2.parse_args(flags + ["--smoke"] * smoke))
+            s1.launch(s3.main, s3.parse_args(
+                flags + ["--baselines"] * (signal == "difference")))
+
+
+def ask_signals(args, judge=lambda *_: None):
+    """AUC of every signal over every kind of dirt."""
+    for corpus in args.corpora:
+        table, seconds = {}, []
+        for seed in range(args.seeds):
+            with open_corpus(corpus, args, seed) as (name, settings, (pairs, *_)):
+                start = time.perf_counter()
+                rate_corpus(settings, args.smoke)
+                seconds.append(time.perf_counter() - start)
+                for signal, (stem, columns) in SIGNALS.items():
+                    values = s4.read_ratings(Path(settings.out) / f"{stem}.npy", columns, pairs)
+                    note_areas(table, [signal], pairs.strata(), values)
+                judge(name, settings, pairs)
+        strata = sorted({stratum for _, stratum in table})
+        head(f"{name}: AUC over", *strata)
+        for signal in SIGNALS:
+            show(signal, *(cell(table[signal, stratum], 3) for stratum in strata))
+        print(f"\nrating, both raters and all signals: {np.mean(seconds):.0f} s a seed", flush=True)
+
+
+def list_arms(pairs, out):
+    """[(arm of stage 5, its epochs in units of the others')]; the right pairs as a file."""
+    right, six = Path(out) / "right.csv", SIGNALS["eq. 6"]
+    s1.write_csv(right, ["row"], np.flatnonzero(pairs.strata() == "informative")[:, None])
+    chosen = [(name, "topk", *SIGNALS[name]) for name in SIGNALS]
+    chosen += [(name, "shift-gsample", *SIGNALS[name]) for name in ("eq. 6", "eq. 9")]
+    words = {"topk": "Top-K", "shift-gsample": "Shift-Gsample"}
+    arms = [s5.Arm("full"), s5.Arm("random 50%", keep=0.5), *(
+        s5.Arm(f"{name}, {words[method]} 50%", stem, method, 0.5, rank_by=columns)
+        for name, method, stem, columns in chosen)]
+    arms.append(s5.Arm("oracle: all right pairs", file=str(right)))
+    again = s5.Arm("eq. 6, Top-K 50%, equal updates", six[0], "topk", 0.5, rank_by=six[1])
+    return [*((arm, 1) for arm in arms), (again, 2)]
+
+
+def run_arm(work, flags, seed):
+    """The row of stage 5 for (arm, how many times the epochs)."""
+    arm, times = work
+    longer = argparse.Namespace(**{**vars(flags), "epochs": times * flags.epochs})
+    return s5.run_arm((seed, arm), longer, torch.device("cpu"))[0]
+
+
+def ask_arms(args):
+    """The same model trained on every selection: stage 5's tables, with a rating for each seed."""
+    results, floors, cores = [], [], torch.get_num_threads()
+
+    def judge(name, settings, pairs):
+        torch.set_num_threads(1)                           # arms side by side
+        flags = s5.parse_args(["--out", settings.out, "--lr", str(args.lr)]
+                              + ["--smoke"] * args.smoke)
+        lab, work = s5.find_lab(flags, torch.device("cpu")), list_arms(pairs, settings.out)
+        rows = np.arange(min(s5.DRAWN, len(lab.val)))
+        floors.append(s5.judge_images(lab.judge, lab.val.batch(rows)[0],
+                                      lab.val.read("caption", rows), lab.reference))
+        run = functools.partial(run_arm, flags=flags, seed=settings.seed)
+        for row in s5.run_side_by_side(run, work, cores):
+            results.append(row)
+            print(f"{name} seed {settings.seed} {row['arm']:32} " + "  ".join(
+                f"{key} {row[key]:.3f}" for key in s5.METRICS), flush=True)
+        torch.set_num_threads(cores)
+        arms[:] = [arm for arm, _ in work]
+        if args.csv:
+            s1.write_csv(args.csv, list(results[0]), [
+                [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()]
+                for row in results])
+
+    if len(args.corpora) > 1:
+        raise SystemExit("arms takes one corpus")
+    arms = []
+    ask_signals(args, judge)
+    print("\n" + s5.tabulate(results, arms, "real images: " + ", ".join(
+        f"{key} {cell([floor[key] for floor in floors])}" for key in floors[0])))
 
 
 QUESTIONS = {"eyes": ask_eyes, "steps": ask_steps, "signals": ask_signals, "arms": ask_arms,
