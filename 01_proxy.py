@@ -357,6 +357,8 @@ def main(args, device):
     prepare(out / "pairs", args)
     pairs, val, test = (open_pairs(out / "pairs", split, device)
                         for split in ("train", "val", "test"))
+    if (args.size, args.words) != (pairs.images.shape[2], pairs.tokens.shape[1]):
+        raise SystemExit(f"{out}/pairs: --data own was written with another --size or --words")
     print0(f"pairs: {len(pairs)} train, {len(val)} val, {len(test)} test")
     made = out / "pairs/made.json"
     progress = Progress(out / "proxy.progress", {**vars(args), "pairs": digest(made)},

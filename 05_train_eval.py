@@ -288,13 +288,15 @@ def run_all(stem, arms, steps, args, lab, device, cores):
 
 
 def save_images(args, name, images, test):
-    """Images (n, 3, H, W) uint8 as 000000.png, their captions as .txt, for other tools."""
-    folder = Path(args.save_images) / re.sub(r"[^.a-z0-9]+", "-", name.lower())
+    """Images (n, 3, H, W) uint8 as NAME/000000.png, their captions as NAME-captions/000000.txt."""
     if s1.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r"[^.a-z0-9]+", "-", name.lower())
+        pictures, captions = (Path(args.save_images) / f"{name}{end}" for end in ("", "-captions"))
+        pictures.mkdir(parents=True, exist_ok=True)
+        captions.mkdir(exist_ok=True)
         for k, (image, caption) in enumerate(zip(images, test.read("caption"))):
-            image_ops.to_pil_image(image.transpose(1, 2, 0)).save(folder / f"{k:06d}.png")
-            (folder / f"{k:06d}.txt").write_text(caption, encoding="utf-8")
+            image_ops.to_pil_image(image.transpose(1, 2, 0)).save(pictures / f"{k:06d}.png")
+            (captions / f"{k:06d}.txt").write_text(caption, encoding="utf-8")
 
 
 # ---- tables and figures ----------------------------------------------------------------------

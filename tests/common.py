@@ -3,6 +3,7 @@ import functools
 import importlib
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 STAGES = s1, s2, s3, s4, s5 = [
     importlib.import_module(name) for name in (
         "01_proxy", "02_meta_rater", "03_score", "04_select", "05_train_eval")]
+CPU = torch.device("cpu")
 OTHERS = ("chaotic-noise", "chaotic-caption", "plain")     # strata, beside the informative one
 RULES = {"Top-K": "topk", "Block": "block", "Gsample": "gsample", "Shift-Gsample": "shift-gsample"}
 
@@ -30,10 +32,10 @@ def collect(pairs, words=8):
     return s1.Pairs(images, tokens, entries, texts, np.arange(len(entries)))
 
 
-def draw_splits(settings):
+def draw_splits(settings, draw=s1.draw_toy):
     """The toy's splits train, val and test, as stage 1 prepares them with these options."""
     counts = s1.SMOKE_PAIRS if settings.smoke else s1.TOY_PAIRS
-    return [collect(s1.draw_toy(n, settings.size, settings.seed, split), settings.words)
+    return [collect(draw(n, settings.size, settings.seed, split), settings.words)
             for split, n in counts.items()]
 
 
@@ -42,11 +44,54 @@ def draw_splits(settings):
 def warm_up(seed, smoke):
     """Settings, splits (train, val, test) and warm proxy, as 01_proxy.py --seed `seed` has them."""
     settings = s1.parse_args(["--seed", str(seed)] + ["--smoke"] * smoke)
-    torch.manual_seed(seed)
     splits = draw_splits(settings)
-    proxy = s1.build_proxy(settings, torch.device("cpu"))
-    s1.train(proxy, splits[0], settings.steps, settings.batch_size, settings.lr, seed)
-    return settings, splits, proxy
+    return settings, splits, train_proxy(settings, splits[0])
+
+
+@torch.enable_grad()
+def train_proxy(settings, pairs):
+    """The proxy after eq. 4 on `pairs`, as stage 1 leaves it."""
+    torch.manual_seed(settings.seed)
+    proxy = s1.build_proxy(settings, CPU)
+    return s1.train(proxy, pairs, settings.steps, settings.batch_size, settings.lr, settings.seed)
+
+
+def start_nets(settings, weights):
+    """Both proxies with these weights, and a fresh rater, as stage 2 starts."""
+    torch.manual_seed(settings.seed)
+    nets = {name: s1.build_proxy(settings, CPU) for name in ("proxy", "ref")}
+    for net in nets.values():
+        net.load_state_dict(weights)
+    return {**nets, "rater": s2.Rater(settings.size, settings.patch, settings.words)}
+
+
+@torch.no_grad()
+def rate(nets, pairs, smoke=False, draws=0):
+    """{column of stage 3: (N,)}, with `draws` of the baselines, too, of which contrast is untrained."""
+    rater, group_size = nets["rater"], 8 if smoke else s2.GROUP
+    companions, parts = s3.draw_companions(rater, group_size, pairs, 0), []
+    if draws:
+        nets = {**nets, "contrast": s2.Contrast(pairs.images.shape[-1], pairs.tokens.shape[1])}
+    with mock.patch.object(s3, "DRAWS", draws):
+        for k, rows in enumerate(np.array_split(np.arange(len(pairs)), len(pairs) // 512 + 1)):
+            parts.append(s3.score_chunk(nets, *pairs.batch(rows), companions,
+                                        s1.seeded("cpu", "rate", k)))
+    return dict(zip([*s3.NUMBERS, *s3.BASELINES], torch.cat(parts).numpy().T))
+
+
+def open_lab(settings, splits):
+    """Stage 5's lab of pairs in memory."""
+    pairs, val, test = splits
+    judge = s2.train_contrast(test, 20 if settings.smoke else s2.CONTRAST_STEPS, settings.seed)
+    x, _ = test.batch(np.arange(min(s5.DRAWN, len(test))))
+    reference = s5.moments(judge.embed_images(x)[0])
+    return s5.Lab(settings, pairs, np.arange(len(pairs)), val, test, judge, reference)
+
+
+def train_arm(lab, name, rows, seed, args):
+    """Stage 5's result row of a selection."""
+    with mock.patch.multiple(s5, find_lab=lambda *_: lab, choose_rows=lambda *_: rows):
+        return s5.run_arm((seed, s5.Arm(name)), args, CPU)[0]
 
 
 def areas(rating, strata, others=OTHERS):

@@ -5,12 +5,9 @@
 Prints the mean over seeds of first arm minus second, its 95 % interval and what that means.
 """
 import csv
-import importlib
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-s5 = importlib.import_module("05_train_eval")
+from common import s5
 
 
 def compare(path, one, two):
@@ -21,12 +18,9 @@ def compare(path, one, two):
     if not seeds:
         raise SystemExit(f"{path}: no seed with both arms, {one} and {two}; it has "
                          f"{', '.join(sorted({arm for arm, _ in rows}))}")
-    found = {}
-    for metric, sign in s5.METRICS.items():
-        found[metric] = s5.show_difference(
-            [float(rows[one, seed][metric]) - float(rows[two, seed][metric]) for seed in seeds],
-            sign)
-    return found
+    return {metric: s5.show_difference([float(rows[one, seed][metric])
+                                        - float(rows[two, seed][metric]) for seed in seeds], sign)
+            for metric, sign in s5.METRICS.items()}
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 What is promised of a CPU is tested on one: the GPU is hidden, but for test_gpu.py by itself.
 """
 import importlib
+import io
 import os
 import struct
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 GPU_ALONE = any("test_gpu.py" in word for word in sys.argv)
@@ -20,9 +22,10 @@ from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-CHAIN = ("01_proxy.py --smoke", "02_meta_rater.py --smoke", 
+CHAIN = ("01_proxy.py --smoke", "02_meta_rater.py --smoke",
          "02_meta_rater.py --smoke --signal loss", "03_score.py --baselines",
-         "03_score.py --signal loss", "04_select.py", "04_select.py --method shift-gsample", "05_train_eval.py --smoke")
+         "03_score.py --signal loss", "04_select.py", "04_select.py --method shift-gsample",
+         "05_train_eval.py --smoke")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--")
 
 
@@ -54,6 +57,31 @@ def write_pictures(stage, folder, n, split="val"):
     for key, image, caption, _ in stage(1).draw_toy(n, 16, 0, split):
         Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{key}.png")
         (folder / f"{key}.txt").write_text(caption)
+
+
+def encode(mode="RGB", kind="PNG", size=(20, 14), colour=0, **settings):
+    """The bytes of a picture of one colour."""
+    file = io.BytesIO()
+    Image.new(mode, size, colour).save(file, kind, **settings)
+    return file.getvalue()
+
+
+def write(folder, files):
+    """Files {name: bytes} in a folder."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def write_tar(path, files):
+    """A tar of files {name: bytes}."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
 
 
 def write_fashion(root, train=260, test=60):
