@@ -1,168 +1,296 @@
-"""Stage 3: a pair's score belongs to the pair."""
+"""Stage 3: a pair's score belongs to the pair, and every corpus keeps its own ratings."""
+import csv
 import json
+import re
 import shutil
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 
+from common import areas, collect
 from conftest import launch, write_pictures
 
+SIZE = 8                                                   # pairs of a group
 
-@pytest.fixture()
+
+@pytest.fixture(scope="module")
 def rated(stage):
     """(nets, pairs): untrained nets and a corpus of two and a half chunks."""
     torch.manual_seed(0)
-    pairs = stage(1).draw_toy(1280, 16, 0, "train")
+    pairs = collect(stage(1).draw_toy(1280, 16, 0, "train"))
     nets = {name: stage(1).DiT(16, 4, 16, 1, 8) for name in ("proxy", "ref")}
     for net in nets.values():
         torch.nn.init.normal_(net.from_patch.weight, std=0.1)
         torch.nn.init.normal_(net.blocks[0].modulation[1].weight, std=0.1)  # captions matter
-    return nets | {"rater": stage(2).Rater(16, 4, 8, 16, 1), "contrast": stage(3).Contrast(16, 8)}, pairs
+    return nets | {"rater": stage(2).Rater(16, 4, 8, 16, 1),
+                   "contrast": stage(2).Contrast(16, 8)}, pairs
 
 
-def rate(stage, nets, pairs, path, stop_after=None):
-    """Numbers (N, 10) as stage 3 writes them; ends early where a chunk count is given."""
-    progress = stage(1).Progress(f"{path}.progress", "03_score.py", {}, save_every=0)
-    if stop_after:
-        stage(1).Progress.stop = 15 if stop_after == progress.step + 1 else 0
-    stage(3).score(nets, 8, pairs, path, 3, progress, with_baselines=True)
-    return np.loadtxt(path, delimiter=",", skiprows=1, usecols=range(1, 8))
+def rate(stage, nets, pairs, path, resumed=False):
+    """Numbers (N, K) as stage 3 writes them."""
+    progress = stage(1).Progress(path.with_suffix(".progress"), {}, ["pairs"])
+    assert bool(progress.step) == resumed
+    companions = stage(3).draw_companions(nets["rater"], SIZE, pairs, 3)
+    stage(3).score(nets, companions, pairs, path, 3, progress)
+    table = np.load(f"{path}.npy")
+    assert list(table.dtype.names[:-1]) == stage(3).NUMBERS + stage(3).BASELINES * (len(nets) == 4)
+    assert (table["stratum"].astype(str) == pairs.strata()).all()
+    return np.stack([table[name] for name in table.dtype.names[:-1]], 1)
 
 
+# ---- the score ---------------------------------------------------------------------------------
 def test_scores_ignore_the_order_of_work(stage, rated, tmp_path):
     nets, pairs = rated
-    whole = rate(stage, nets, pairs, tmp_path / "r.csv")
-    assert len(whole) == 1280 and np.ptp(whole, axis=0).min() > 1e-6     # no column is constant
-    companions = stage(3).draw_companions(nets["rater"], 8, pairs, 3)
-    parts = {k: stage(3).score_chunk(nets, pairs.take(range(512 * k, min(512 * k + 512, 1280))),
-                                     companions, k, 3, True).numpy() for k in (2, 0, 1)}
-    assert np.allclose(whole, np.concatenate([parts[k] for k in (0, 1, 2)]), atol=1e-5)
-    one = stage(3).score_chunk(nets, pairs.take([700]), companions, 0, 3).numpy()
+    whole = rate(stage, nets, pairs, tmp_path / "r")
+    assert whole.shape == (1280, 7) and np.ptp(whole, axis=0).min() > 1e-6   # no column is constant
+    companions = stage(3).draw_companions(nets["rater"], SIZE, pairs, 3)
+    for first in (1024, 0, 512):
+        rows = np.arange(first, min(first + 512, 1280))
+        part = stage(3).score_chunk(nets, *pairs.batch(rows), companions,
+                                    stage(1).seeded("cpu", 3, "score", first))
+        assert np.allclose(part, whole[rows], atol=1e-5)
+    only = {"rater": nets["rater"]}
+    one = stage(3).score_chunk(only, *pairs.batch([700]), companions, None)
     assert np.allclose(one, whole[700:701, :3], atol=1e-5)               # nor batch-mates
     mixed = np.random.default_rng(1).permutation(1280)
-    again = rate(stage, nets, pairs.take(mixed), tmp_path / "mixed.csv")
-    assert np.allclose(again[:, :3], whole[mixed, :3], atol=1e-5)        # nor the corpus' order
+    again = stage(3).score_chunk(only, *pairs.batch(mixed), companions, None)
+    assert np.allclose(again, whole[mixed, :3], atol=1e-5)               # nor the corpus' order
 
 
-def test_scoring_continues_where_it_was_stopped(stage, rated, tmp_path):
-    """Stopped after the first chunk, and with half a line written after the last save."""
+def test_scoring_continues_where_it_was_killed(stage, rated, tmp_path, monkeypatch):
+    """After the second chunk; its array is needed for that."""
     nets, pairs = rated
-    whole = rate(stage, nets, pairs, tmp_path / "whole.csv")
-    with pytest.raises(SystemExit) as stop:
-        rate(stage, nets, pairs, tmp_path / "r.csv", stop_after=1)
-    stage(1).Progress.stop = 0
-    assert stop.value.code == 128 + 15
-    with open(tmp_path / "r.csv", "a") as file:
-        file.write("train000512,0.1,0.")
-    assert np.array_equal(rate(stage, nets, pairs, tmp_path / "r.csv"), whole)
-    assert (tmp_path / "r.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    whole, left, chunk = rate(stage, nets, pairs, tmp_path / "whole"), [2], stage(3).score_chunk
+
+    def killed(*args):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return chunk(*args)
+    monkeypatch.setattr(stage(1), "SAVE_EVERY", -1)
+    monkeypatch.setattr(stage(3), "score_chunk", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rate(stage, nets, pairs, tmp_path / "r")
+    assert not (tmp_path / "r.npy").exists()
+    left[0] = 99
+    assert np.array_equal(rate(stage, nets, pairs, tmp_path / "r", resumed=True), whole)
+    assert left == [98]
+    for end in (".csv", ".npy"):
+        assert (tmp_path / f"r{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
+    with pytest.raises(SystemExit, match="r.npy.part is gone: delete .*r.progress to begin anew"):
+        rate(stage, nets, pairs, tmp_path / "r", resumed=True)
 
 
-def test_group_rating_is_the_mean_over_groups_that_the_pair_joins(stage, rated):
+def test_the_group_s_part_is_the_mean_over_groups_that_the_pair_joins(stage, rated):
     """Against eq. 7's own weights of groups put together pair by pair."""
     nets, pairs = rated
-    size = 8
-    x, c = pairs.batch(range(3 + stage(3).GROUPS * (size - 1)))
+    x, c = pairs.batch(range(3 + stage(3).GROUPS * (SIZE - 1)))
     with torch.no_grad():
         f = nets["rater"].features(x, c)
-        companions = f[3:].view(stage(3).GROUPS, size - 1, -1)
-        rating = stage(3).group_rating(nets["rater"], f[:3], companions)
+        companions = f[3:].view(stage(3).GROUPS, SIZE - 1, -1)
+        instance, group, rating = stage(3).score_chunk(
+            {"rater": nets["rater"]}, x[:3], c[:3], companions, None).T
         for i in range(3):
-            rows = [torch.tensor([i, *range(k, k + size - 1)]) for k in range(3, len(x), size - 1)]
-            W = [stage(2).weigh(nets["rater"], x[row], c[row], size)[1] for row in rows]
-            assert torch.allclose(torch.stack(W).mean(), rating[i], atol=1e-5)
-    drawn = stage(3).draw_companions(nets["rater"], size, pairs, 0)
-    assert drawn.shape == companions.shape and len(drawn.flatten(0, 1).unique(dim=0)) > size
+            rows = [torch.tensor([i, *range(k, k + SIZE - 1)]) for k in range(3, len(x), SIZE - 1)]
+            W = [stage(2).weigh(nets["rater"], x[row], c[row], SIZE)[1] for row in rows]
+            assert torch.allclose(torch.stack(W).mean(), group[i], atol=1e-5)
+    assert torch.allclose(instance, nets["rater"].logits(f[:3]), atol=1e-5)
+    assert torch.allclose(rating, instance + group.log(), atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1280, 20])
+def test_companions_are_drawn_once_for_all_and_of_few_pairs_again(stage, rated, n):
+    nets, pairs = rated
+    few = pairs.take(np.arange(n))
+    drawn = [stage(3).draw_companions(nets["rater"], SIZE, few, seed) for seed in (0, 0, 1)]
+    assert drawn[0].shape == (stage(3).GROUPS, SIZE - 1, 16)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert len(drawn[0].flatten(0, 1).unique(dim=0)) > min(n, 60) - 3      # not one row for all
 
 
 @pytest.mark.parametrize("bias", [-300, 300])
 def test_a_collapsed_group_head_leaves_finite_ratings(stage, rated, tmp_path, bias):
     """W_batch of exactly 0 or 1: the ranking is the Instance MLP's, and its figure is drawn."""
     nets, pairs = rated
-    nets["rater"].group[-1].bias.data.fill_(bias)
-    instance, group, rating = rate(stage, nets, pairs, tmp_path / "r.csv").T[:3]
+    rater = stage(2).Rater(16, 4, 8, 16, 1)
+    rater.group[-1].bias.data.fill_(bias)
+    instance, group, rating = rate(stage, {"rater": rater}, pairs, tmp_path / "r").T
     assert group == pytest.approx(float(bias > 0)) and np.isfinite(rating).all()
     assert (instance - rating).std() < 1e-4 and rating.std() > 1e-3
-    stage(3).draw_histogram(tmp_path / "r.png", rating, stage(3).percentiles(rating),
-                            np.array(pairs.strata),
-                            stage(3).rate(nets["rater"], 8, pairs, pairs.take(range(64)), 3))
-
-
-def test_progress_is_told(stage, rated, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stage(1).Progress, "tell_every", 0)
-    rate(stage, *rated, tmp_path / "r.csv")
-    said = capsys.readouterr().out
-    assert all(f"step {k} of 3   " in said for k in (1, 2, 3)) and "pairs a second" in said
-    assert "0:00:00 left" in said
+    for strata in (pairs.strata(), np.array([""] * 1280)):
+        stage(3).draw_histogram(tmp_path / "r.png", rating, 100 * stage(3).places(rating), strata,
+                                rating[:64])
 
 
 def test_baselines_are_the_losses_of_the_two_proxies(stage, rated):
     """With theta = theta_hat the difference is exactly 0: both see the same noise."""
     nets, pairs = rated
     x, c = pairs.batch(range(10))
-    with torch.no_grad():
-        loss, difference, gain = stage(3).baselines(nets["ref"], nets["ref"], x, c,
-                                                    stage(1).seeded("cpu", 1))
-        without, _, none = stage(3).baselines(nets["ref"], nets["ref"], x, 0 * c,
-                                              stage(1).seeded("cpu", 1))
+
+    def baselines(name, c):
+        with torch.no_grad():
+            return stage(3).baselines(nets[name], nets["ref"], x, c, stage(1).seeded("cpu", 1))
+    loss, difference, gain = baselines("ref", c)
+    without, _, none = baselines("ref", 0 * c)
     assert difference.abs().max() == 0 and loss.min() > 0
     assert none.abs().max() == 0 and gain.abs().max() > 1e-4           # what the caption is worth
     assert torch.allclose(gain, without - loss, atol=1e-5)
+    rng, draws = stage(1).seeded("cpu", 1), []
+    for _ in range(stage(3).DRAWS):
+        noise = stage(1).draw_noise(x, rng, stage(1).T_SHIFT)
+        with torch.no_grad():
+            draws.append([stage(1).flow_loss(nets[name], x, c, *noise) for name in ("proxy", "ref")])
+    L_theta, L_hat = torch.stack([torch.stack(draw) for draw in draws]).mean(0)
+    loss, difference, _ = baselines("proxy", c)
+    assert torch.allclose(loss, L_hat, atol=1e-5)
+    assert torch.allclose(difference, L_theta - L_hat, atol=1e-5)
 
 
-def test_numbers_that_wait_for_a_device_are_fetched_at_the_end(stage, rated, tmp_path, monkeypatch):
-    """Of three chunks, fewer than the ten after which a GPU is asked."""
-    nets, pairs = rated
-    monkeypatch.setattr(stage(1).Machine, "fetch_every", 10)
-    progress = stage(1).Progress()
-    stage(3).score(nets, 8, pairs, tmp_path / "r.csv", 3, progress)
-    assert progress.seconds > 0 and progress.log == [[512], [512], [256]]
-
-
-def test_all_processes_have_the_first_ones_contrastive_network(stage, monkeypatch):
-    """GPUs add in another order: each would train one of its own."""
-    monkeypatch.setattr(stage(1), "from_first", lambda state: {
-        name: torch.full_like(value, 7) for name, value in state.items()})
-    net = stage(3).train_contrast(stage(1).draw_toy(32, 16, 0, "val"), 1, 0)
-    assert all((p == 7).all() for p in net.parameters())
-
-
-def test_other_data_get_a_name_of_their_own(stage):
-    assert [stage(3).name_data(data) for data in (None, "shards/train-*.tar", ".", "../")] == [
-        "", "-of-shards-train", "-of-here", "-of-here"]
-
-
-def test_too_few_pairs_to_rate_are_said_first(stage, chain, tmp_path):
-    out = shutil.copytree(chain, tmp_path / "out")
-    write_pictures(stage, tmp_path / "five", 5)
-    with pytest.raises(SystemExit, match="five has 5 readable pairs: 10 are needed"):
-        launch(stage, 3, ["--smoke", "--out", str(out), "--data", f"{tmp_path}/five"])
-    assert not list(out.glob("*five*"))
-
-
-def test_percentiles_and_auc(stage):
-    assert stage(3).percentiles(np.array([1.0, 3.0, 2.0, 0.0])).tolist() == [50, 0, 25, 75]
+# ---- rankings ----------------------------------------------------------------------------------
+def test_places_and_auc_count_ties_half(stage):
+    assert stage(3).places(np.array([1.0, 3.0, 2.0, 0.0])).tolist() == [0.5, 0.0, 0.25, 0.75]
+    assert stage(3).places(np.array([5.0, 7.0, 5.0, 5.0])).tolist() == [0.5, 0.0, 0.5, 0.5]
     rng = np.random.default_rng(0)
     high, low = rng.integers(0, 9, 40) + 1, rng.integers(0, 9, 30)
     brute = np.mean([(a > b) + 0.5 * (a == b) for a in high for b in low])
     assert stage(3).auc(high, low) == pytest.approx(brute)
+    strata = np.array(["informative"] * 40 + ["plain"] * 30 + ["", "mine"])
+    column = np.concatenate([high, low, [99, 99]])         # unknown strata are no known dirt
+    assert stage(3).areas(strata, column) == {
+        "plain": pytest.approx((40 * brute + 2) / 42)}
+    assert stage(3).areas(strata[40:70], column[40:70]) == {}
 
 
-def test_a_joined_ranking_is_reported_too(stage, chain, tmp_path, capsys):
-    """With the AUC of the order in which stage 4 would rank."""
+@pytest.mark.parametrize("names", ["rating,constant", "constant,rating", "rating,constant,constant"])
+def test_a_constant_column_in_a_joined_ranking_changes_nothing(stage, names):
+    """Neither the order nor an AUC; of two columns each counts alike, and low may be good."""
+    rng, n = np.random.default_rng(0), 200
+    strata = np.array(["informative", "plain"])[rng.integers(0, 2, n)]
+    columns = {"rating": rng.integers(0, 40, n) + 9.0 * (strata == "plain"), "constant": np.ones(n),
+               "ref_loss": -rng.random(n), "instance": rng.random(n)}
+    joined = stage(3).rank_by(columns, names)
+    alone = stage(3).rank_by(columns, "rating")
+    assert (alone == columns["rating"]).all()
+    assert (np.argsort(joined, kind="stable") == np.argsort(alone, kind="stable")).all()
+    assert stage(3).areas(strata, joined) == stage(3).areas(strata, alone)
+    assert areas(joined, strata, ["plain"])[0] == pytest.approx(
+        stage(3).areas(strata, alone)["plain"])
+    assert np.allclose(stage(3).rank_by(columns, "ref_loss,instance"), -(
+        stage(3).places(-columns["ref_loss"]) + stage(3).places(columns["instance"])) / 2)
+
+
+# ---- the stage ---------------------------------------------------------------------------------
+def test_the_stage_writes_a_table_twice_and_says_what_it_found(stage, chain, tmp_path, capsys):
+    """The same in both files, by row and key; AUCs of the order in which stage 4 would rank."""
     out = shutil.copytree(chain, tmp_path / "out")
-    launch(stage, 3, ["--smoke", "--baselines", "--out", str(out)])
+    launch(stage, 3, ["--baselines", "--out", str(out)])
     said = capsys.readouterr().out
-    _, joined = stage(4).read_ratings(out / "ratings.csv", "rating,contrast")
-    found = stage(3).areas(stage(3).read_table(out / "ratings.csv")["stratum"], joined)
-    assert "AUC over (rating,contrast): " + ", ".join(
-        f"{name} {area:.3f}" for name, area in found.items()) in said
+    table, pairs = np.load(out / "ratings.npy"), stage(1).open_pairs(out / "pairs")
+    with open(out / "ratings.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [int(line["row"]) for line in lines] == list(range(256))
+    assert [line["key"] for line in lines] == pairs.read("key")
+    assert [line["stratum"] for line in lines] == pairs.strata().tolist()
+    for name in stage(3).NUMBERS + stage(3).BASELINES:
+        assert np.allclose([float(line[name]) for line in lines], table[name], rtol=1e-4)
+    for names in ("rating", "difference", "rating,contrast"):
+        rating = stage(4).read_ratings(out / "ratings.csv", names, pairs)
+        found = stage(3).areas(pairs.strata(), rating)
+        assert f"AUC by {names}: " + ", ".join(
+            f"{name} {area:.2f}" for name, area in found.items()) in said
+    assert re.search(r"trusted pairs are (not |hardly |)rated above the corpus: 0\.\d\d", said)
+    assert (table["rating"] == np.load(chain / "ratings.npy")["rating"]).all()
+    assert not (out / "ratings.progress").exists() and (out / "ratings-bands.png").exists()
 
 
 def test_the_record_names_the_whole_command(chain):
     """It is what a later stage tells to run again."""
-    said = {name: json.loads((chain / f"{name}.json").read_text())["written_by"]
-            for name in ("ratings", "ratings-loss")}
-    assert said == {"ratings": "03_score.py --signal difference --baselines",
-                    "ratings-loss": "03_score.py --signal loss"}
+    records = {name: json.loads((chain / f"{name}.json").read_text())
+               for name in ("ratings", "ratings-loss")}
+    assert {name: known["written_by"] for name, known in records.items()} == {
+        "ratings": "03_score.py --signal difference --baselines",
+        "ratings-loss": "03_score.py --signal loss"}
+    assert [set(known["grew_from"]) for known in records.values()] == [
+        {f"{name}.pt", "pairs/made.json"} for name in ("rater", "rater-loss")]
+
+
+def test_ratings_do_not_depend_on_marks_that_serve_the_analysis(stage, chain, tmp_path):
+    """Stages 2 and 3 under shuffled strata and on a copy of their own."""
+    out = shutil.copytree(chain, tmp_path / "out")
+    entries = np.load(out / "pairs/entries.npy", mmap_mode="r+")
+    entries["stratum"] = np.random.default_rng(1).permutation(entries["stratum"])
+    entries.flush()
+    launch(stage, 2, ["--smoke", "--out", str(out)])
+    launch(stage, 3, ["--baselines", "--out", str(out)])
+    for name in stage(3).NUMBERS + stage(3).BASELINES:
+        old, new = (np.load(folder / "ratings.npy") for folder in (chain, out))
+        assert (old[name] == new[name]).all() and (old["stratum"] != new["stratum"]).any(), name
+
+
+@pytest.mark.parametrize("names, alike", [
+    (("photos/2023", "photos-2023"), True), (("photos-2023", "../photos-2023"), True),
+    (("a.tar", "a"), True), ((".", ".."), True), (("été", "étè"), False), (("写真", "像"), False),
+    (("Photos", "photos"), False), (("one", "two"), False), (("x" * 90, "y" + "x" * 89), True),
+    (("e\u0301t", "et"), True), (("photos-*.tar", "photos-?.tar"), True)])
+def test_no_corpus_takes_the_pairs_of_another(stage, tmp_path, monkeypatch, names, alike):
+    """Both are kept, or the second is refused and told of; the first again is no other."""
+    made, settings = [], Namespace(size=8, words=4)
+
+    def prepare(folder, args):
+        made.append((folder, args.data))
+        folder.mkdir(exist_ok=True)
+        (folder / "made.json").write_text(json.dumps({"data": args.data}))
+    monkeypatch.setattr(stage(1), "prepare", prepare)
+    monkeypatch.chdir(tmp_path)
+    for name in (names[0], f"./{names[0]}", str(tmp_path / names[0])):
+        stage(3).prepare_other(name, tmp_path, settings)
+    assert len({data for _, data in made}) == 1 and made[0][0] == made[1][0]
+    assert all(len(f"ratings-loss{folder.name}.progress.part".encode()) < 255 for folder, _ in made)
+    if alike:
+        with pytest.raises(SystemExit, match="holds the pairs of .*: name another --out"):
+            stage(3).prepare_other(names[1], tmp_path, settings)
+        assert len(made) == 3
+    else:
+        stage(3).prepare_other(names[1], tmp_path, settings)
+        assert len({folder.name.lower() for folder, _ in made}) == 3 or names[0] == "Photos"
+
+
+@pytest.mark.parametrize("data, message", [
+    ("nowhere/*.tar", "nowhere/.*: no such file or folder"), ("five", "5 readable pairs.*add pairs"),
+    ("loose", "no pair among 0 pictures, 1 texts")])
+def test_other_data_that_are_mistyped_or_few_are_said_before_anything_is_rated(
+        stage, chain, tmp_path, monkeypatch, data, message):
+    """Row 19: neither pairs are opened nor the contrastive network is trained."""
+    out = shutil.copytree(chain, tmp_path / "out")
+    write_pictures(stage, tmp_path / "five", 5)
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose/a.txt").write_text("a caption")
+    before = sorted(path.name for path in out.iterdir())
+    for module, name in ((1, "open_pairs"), (2, "train_contrast"), (3, "draw_companions")):
+        monkeypatch.setattr(stage(module), name, None)
+    with pytest.raises(SystemExit, match=message) as stop:
+        launch(stage, 3, ["--baselines", "--out", str(out), "--data", f"{tmp_path}/{data}"])
+    assert "\n" not in stop.value.code
+    after = {path.name for path in out.iterdir()} - set(before)
+    assert not [name for name in after if not name.endswith(".part")]
+
+
+@pytest.mark.parametrize("n", [16, 40])
+def test_a_corpus_of_few_pairs_is_rated_and_drawn(stage, chain, tmp_path, n):
+    """Beside the first one, whose ratings stay; with fewer pairs than its bands have places."""
+    out = shutil.copytree(chain, tmp_path / "out")
+    write_pictures(stage, tmp_path / "few", n)
+    flags = ["--out", str(out), "--data", str(tmp_path / "few")]
+    launch(stage, 3, flags)
+    stem, = (path.with_suffix("") for path in out.glob("ratings-of-*few.npy"))
+    assert len(np.load(f"{stem}.npy")) == n
+    assert all((out / f"{stem.name}{end}").exists() for end in (".csv", ".json", ".png"))
+    assert (out / "ratings.npy").read_bytes() == (chain / "ratings.npy").read_bytes()
+    first = np.load(f"{stem}.npy")
+    launch(stage, 3, flags)
+    assert (np.load(f"{stem}.npy") == first).all()
+    write_pictures(stage, tmp_path / "few/more", 9, "test")            # it grew: prepared anew
+    launch(stage, 3, flags)
+    assert len(np.load(f"{stem}.npy")) == n + 9
