@@ -226,7 +226,7 @@ def warn_of_collapse(*means):
 class Contrast(nn.Module):
     """Image -> features (B, 64) -> unit vector (B, 32); caption -> unit vector; cosine compares.
 
-    CLIP in small: stage 3 ranks by it, and stage 5 trains another one, of other pairs, as its judge.
+    CLIP in small: stage 3 ranks by it; stage 5's judge is another one, trained on other pairs.
     """
 
     def __init__(self, size, words):

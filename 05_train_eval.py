@@ -11,11 +11,11 @@ random selections. Measured on the test pairs, which neither a proxy nor an arm 
     score      100 cos between drawn image and its caption, as a CLIP score
     match      share of drawn images whose own caption is the nearest of all distinct captions
 
-Features and cosines come from a small contrastive network like stage 2's, trained here on the test pairs,
-which no rating has seen: its distance is not FID and its score not OpenAI's CLIP score. --metrics
-standard uses the public networks of both instead: their code comes after `main` and can be skipped.
-Full data and a random selection are always among the arms; tests/evidence.py has the paper's other
-tables. On a CPU as many arms are trained at a time as there are cores, a thread each.
+Features and cosines come from a small contrastive network like stage 2's, trained here on the test
+pairs, which no rating has seen: its distance is not FID and its score not OpenAI's CLIP score.
+--metrics standard uses the public networks of both instead: their code comes after `main` and can
+be skipped. Full data and a random selection are always among the arms; tests/evidence.py has the
+paper's tables. On a CPU as many arms are trained at a time as there are cores, a thread each.
 
 Reads    out/pairs/, out/proxy.pt, out/ratings.npy, out/ratings-loss.npy, or --selected files of
          stage 4
@@ -197,44 +197,45 @@ def evaluate(net, test, judge, reference, seed):
 
 # ---- one arm, all arms -----------------------------------------------------------------------
 class Lab(NamedTuple):
-    """What all arms share: options of stage 1, pairs, the judge and what it sees in real images."""
+    """What all arms share: options of stage 1, and pairs."""
     settings: object
     pairs: object
     pool: np.ndarray           # rows of the pairs that selections are made of
     val: object
     test: object
-    judge: object
-    reference: tuple           # mean and covariance of the features of the test images
 
 
 @functools.cache
-def open_lab(out, metrics, weights, smoke, real, device):
+def open_lab(out, real, device):
     """The Lab of a folder of results; with `real` its pool leaves out what --plant planted."""
     settings, _ = s1.load(Path(out) / "proxy.pt", "01_proxy.py")
-    pairs, val, test = (s1.open_pairs(Path(out) / "pairs", split, device)
-                        for split in ("train", "val", "test"))
-    pool = np.flatnonzero(~(s4.find_planted(pairs) & real))
+    splits = [s1.open_pairs(Path(out) / "pairs", split, device)
+              for split in ("train", "val", "test")]
+    pool = np.flatnonzero(~(s4.find_planted(splits[0]) & real))
+    return Lab(settings, splits[0], pool, *splits[1:])
+
+
+@functools.cache
+def open_judge(out, metrics, weights, smoke, device):
+    """The judge, and mean and covariance of the features that it sees in the test images."""
+    lab = open_lab(out, False, device)
     judge = (StandardJudge(weights, device) if metrics == "standard" else s2.train_contrast(
-        test, 20 if smoke else s2.CONTRAST_STEPS, settings.seed))
-    x, _ = test.batch(np.arange(min(DRAWN, len(test))))
-    reference = moments(torch.cat([judge.embed_images(part)[0] for part in x.split(PART)]))
-    return Lab(settings, pairs, pool, val, test, judge, reference)
-
-
-def find_lab(args, device):
-    return open_lab(args.out, args.metrics, args.weights, args.smoke, bool(args.selected), device)
+        lab.test, 20 if smoke else s2.CONTRAST_STEPS, lab.settings.seed))
+    x, _ = lab.test.batch(np.arange(min(DRAWN, len(lab.test))))
+    return judge, moments(torch.cat([judge.embed_images(part)[0] for part in x.split(PART)]))
 
 
 def run_arm(work, args, device):
     """Train on an arm's pairs from scratch and evaluate: the result row, and images (n, 3, H, W)
     uint8. work: (seed, arm)."""
-    (seed, arm), lab, began = work, find_lab(args, device), time.monotonic()
-    rows = choose_rows(arm, lab.pool, lab.pairs, args.out, seed)
+    (seed, arm), lab = work, open_lab(args.out, bool(args.selected), device)
+    judge, reference = open_judge(args.out, args.metrics, args.weights, args.smoke, device)
+    rows, began = choose_rows(arm, lab.pool, lab.pairs, args.out, seed), time.monotonic()
     torch.manual_seed(seed)                                # all arms start from the same weights
     net, steps = s1.build_proxy(lab.settings, device), count_steps(len(rows), args)
     s1.train(net, lab.pairs.take(rows), steps, args.batch_size, args.lr, seed, DECAY)
     seconds = time.monotonic() - began
-    numbers, images = evaluate(net, lab.test, lab.judge, lab.reference, lab.settings.seed)
+    numbers, images = evaluate(net, lab.test, judge, reference, lab.settings.seed)
     strata, known = lab.pairs.strata(rows), set(lab.pairs.strata(lab.pool))
     shares = {name: float(np.mean(strata == name)) for name in s1.STRATUM_COLOURS if name in known}
     return {"arm": arm.name, "seed": seed, "pairs": len(rows), "steps": steps, "seconds": seconds,
@@ -418,14 +419,14 @@ def main(args, device, arms=ARMS, name="results"):
     if device.type == "cpu" and s1.world() == 1:           # arms side by side, with a thread each
         cores = torch.get_num_threads()
         torch.set_num_threads(1)
-    lab = find_lab(args, device)
+    lab = open_lab(args.out, bool(args.selected), device)
     if len(lab.pool) < len(lab.pairs):                     # as in the selections of stage 4
         s1.print0(f"{len(lab.pairs) - len(lab.pool)} pairs with planted dirt are in no arm")
     arms = list_arms(args, lab.pairs, lab.pool, arms)
     steps = foretell(arms, args, lab)
+    judge, reference = open_judge(args.out, args.metrics, args.weights, args.smoke, device)
     rows = np.arange(min(DRAWN, len(lab.val)))
-    real = judge_images(lab.judge, lab.val.batch(rows)[0], lab.val.read("caption", rows),
-                        lab.reference)
+    real = judge_images(judge, lab.val.batch(rows)[0], lab.val.read("caption", rows), reference)
     floor = (f"{len(rows)} real images that the judge has not seen: score {real['score']:.1f}, "
              f"match {real['match']:.0f} %, distance {real['distance']:.3f}")
     s1.print0(floor)

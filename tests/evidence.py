@@ -39,12 +39,11 @@ import torch.nn.functional as F
 from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import STAGES, OTHERS, RULES, areas, head, ruled, show  # noqa: E402
+from common import OTHERS, RULES, STAGES, areas, collect, head, ruled, show  # noqa: E402
 
 s1, s2, s3, s4, s5 = STAGES
-draw_toy, interval, METRICS = s1.draw_toy, s5.interval, s5.METRICS
-RATING, LOSS, DIFFERENCE = (([*s3.NUMBERS, *s3.BASELINES]).index(name)
-                            for name in ("rating", "loss", "difference"))
+CPU = torch.device("cpu")
+interval, METRICS = s5.interval, s5.METRICS
 HEURISTICS = ("clarity", "frequency", "edges")
 SELECTIONS = {             # name: signal of the rater, rule, retention
     "full": ("", "random", 1.0), "random 50%": ("", "random", 0.5),
@@ -87,13 +86,15 @@ def heuristics(x):
 
 @torch.no_grad()
 def write_heuristics(out):
-    """OUT/ratings-NAME.csv for each of HEURISTICS, over the training pairs of OUT/proxy.pt."""
-    pairs = s1.load_data(s1.load_proxy(out)[0], torch.device("cpu"))[0]
-    columns = torch.cat([heuristics(part.batch(np.arange(len(part)))[0]) for _, part in
-                         pairs.parts(np.array_split(np.arange(len(pairs)), len(pairs) // 512 + 1))])
-    for name, column in zip(HEURISTICS, columns.T.tolist()):
-        s1.write_csv(Path(out) / f"ratings-{name}.csv", ["key", "rating", "stratum"],
-                     zip(pairs.keys, (f"{v:.6g}" for v in column), pairs.strata))
+    """OUT/ratings-NAME.npy for each of HEURISTICS, over the training pairs in OUT."""
+    pairs, made = s1.open_pairs(out / "pairs"), out / "pairs/made.json"
+    parts = np.array_split(np.arange(len(pairs)), len(pairs) // 512 + 1)
+    columns = torch.cat([heuristics(pairs.batch(part)[0]) for part in parts]).numpy()
+    for name, column in zip(HEURISTICS, columns.T):
+        path = out / f"ratings-{name}.npy"
+        with s1.atomic_file(path, "wb") as file:
+            np.save(file, column.astype([("rating", "f4")]))
+        s1.record(path, "evidence.py main", [made])
 
 
 # ---- stage 5 with the arms of the paper's tables ---------------------------------------------
@@ -120,30 +121,28 @@ TABLES = {
 def compare_arms(name, argv):
     """Stage 5 on the arms of one table, into OUT/results-NAME; argv: options of stage 5."""
     def stage(args, device):
-        if name == "main":
-            write_heuristics(args.out)
-            s1.from_first(None)                            # the others wait for its files
+        if name == "main" and s1.rank() == 0:
+            write_heuristics(Path(args.out))
+        s1.add_up(torch.zeros(1))                          # the others wait for its files
         s5.main(args, device, arms=TABLES[name], name=f"results-{name}")
 
     s1.launch(stage, s5.parse_args(argv))
 
 
-# ---- corpora ---------------------------------------------------------------------------------
-def make_pairs(images, captions, strata, split, words):
+# ---- corpora: (key, image, caption, stratum), as stage 1's draw_toy --------------------------
+def number(images, captions, strata, split):
     """Pairs of images (n, 3, H, W) in [-1, 1], with keys in their order."""
-    pixels = torch.from_numpy(((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8))
-    return s1.Pairs(pixels, s1.tokenize(captions, words),
-                    [f"{split}{i:06d}" for i in range(len(pixels))], list(captions),
-                    list(strata))
+    keys = (f"{split}{k:06d}" for k in range(len(images)))
+    return zip(keys, s1.to_pixels(images), captions, strata)
 
 
-def draw_preferences(n, size, seed, split, words=8):
+def draw_preferences(n, size, seed, split):
     """Every caption once with a good picture and once with a worse one, as in HPDv3.
 
     Worse: a third blurred, a third noised, a third with one attribute of the caption wrong.
     """
     if split != "train":
-        return draw_toy(n, size, seed, split, words)
+        return s1.draw_toy(n, size, seed, split)
     rng, half = np.random.default_rng([seed, 3]), n // 2
     good, what = s1.draw_shapes(half, size, rng)
     pool, known = s1.draw_shapes(4 * n, size, rng)
@@ -156,11 +155,10 @@ def draw_preferences(n, size, seed, split, words=8):
     strata = np.where(kind == 2, "chaotic-caption", "chaotic-noise")
     order, captions = rng.permutation(2 * half), np.tile(s1.describe(what), 2)
     strata = np.concatenate([np.full(half, "informative"), strata])
-    return make_pairs(np.concatenate([good, worse])[order], captions[order], strata[order], split,
-                      words)
+    return number(np.concatenate([good, worse])[order], captions[order], strata[order], split)
 
 
-def draw_clean(n, size, seed, split, words=16):
+def draw_clean(n, size, seed, split):
     """Clean pictures under long captions, in all splits; size, contrast and place vary."""
     rng = np.random.default_rng([seed, 4, *split.encode()])
     images, what = s1.draw_shapes(n, size, rng)
@@ -180,26 +178,23 @@ def draw_clean(n, size, seed, split, words=16):
                         f" {caption[2:]} standing in the {where} of the picture")
     strata = [f"{'small' if a else 'large'} {'faint' if b else 'strong'}"
               for a, b in zip(small, faint)]
-    return make_pairs(images.astype(np.float32), captions, strata, split, words)
+    return number(images.astype(np.float32), captions, strata, split)
 
 
-def draw_sharded(n, size, seed, split, words=8, shards=20):
+def draw_sharded(n, size, seed, split, shards=20):
     """The web crawl in shards, one after another, of which 5 to 95 % is informative."""
     if split != "train":
-        return draw_toy(n, size, seed, split, words)
-    parts = []
-    for number, share in enumerate(np.random.default_rng(seed).permutation(
-            np.linspace(0.05, 0.95, shards))):
+        yield from s1.draw_toy(n, size, seed, split)
+        return
+    shares = np.random.default_rng(seed).permutation(np.linspace(0.05, 0.95, shards))
+    for shard, share in enumerate(shares):
         rest = {name: part * (1 - share) / 0.55 for name, part in s1.STRATA.items()}
         with mock.patch.object(s1, "STRATA", rest | {"informative": share}):
-            parts.append(draw_toy(n // shards, size, 1000 * seed + number, split, words))
-    captions, strata = (sum((getattr(part, name) for part in parts), [])
-                        for name in ("captions", "strata"))
-    pixels = torch.cat([part.images for part in parts])
-    return make_pairs(pixels.numpy() / 127.5 - 1, captions, strata, split, words)
+            part = list(s1.draw_toy(n // shards, size, 1000 * seed + shard, split))
+        yield from ((f"{shard:02d}-{key}", *rest) for key, *rest in part)
 
 
-CORPORA = {"web crawl": (draw_toy, 8), "preference pairs": (draw_preferences, 8),
+CORPORA = {"web crawl": (s1.draw_toy, 8), "preference pairs": (draw_preferences, 8),
            "clean, long captions": (draw_clean, 16), "sharded": (draw_sharded, 8)}
 
 
@@ -301,9 +296,10 @@ class Lab:
     """Makes corpora, warm proxies, raters and arms, each once, and keeps them in a folder."""
 
     def __init__(self, out, smoke=False):
-        self.out, self.smoke = Path(out), ["--smoke"] if smoke else []
+        self.out, self.smoke = Path(out), ["--smoke"] * smoke
         self.out.mkdir(parents=True, exist_ok=True)
         self.data, self.judge = functools.cache(self.data), functools.cache(self.judge)
+        self.group_size = min(s2.GROUP, s2.parse_args(self.smoke).batch_size // 2)
 
     def keep(self, name, make):
         """make(), or what it returned when it was called under this name before."""
@@ -321,19 +317,18 @@ class Lab:
 
     def data(self, corpus, seed):
         """The splits train, val and test of a corpus."""
-        with (mock.patch.object(s1, "draw_toy", CORPORA[corpus][0]),
-              contextlib.redirect_stdout(sys.stderr)):
-            return s1.load_data(self.settings(corpus, seed), "cpu")
+        counts = s1.SMOKE_PAIRS if self.smoke else s1.TOY_PAIRS
+        (draw, words), size = CORPORA[corpus], self.settings(corpus, seed).size
+        return [collect(draw(n, size, seed, split), words) for split, n in counts.items()]
 
     def judge(self, corpus):
         """Of seed 0: the judge, the moments of real images, the evaluation pairs."""
-        args = s5.parse_args(self.smoke)
-        _, val, test = self.data(corpus, 0)
-        judge = s3.train_contrast(
-            test, 20 if args.smoke else s3.CONTRAST_STEPS, 0)
-        x, _ = test.batch(np.arange(min(s5.DRAWN, len(test))))
+        _, _, test = self.data(corpus, 0)
+        judge = s3.train_contrast(test, 20 if self.smoke else s3.CONTRAST_STEPS, 0)
+        rows = np.arange(min(s5.DRAWN, len(test)))
+        x, _ = test.batch(rows)
         reference = s5.moments(judge.embed_images(x)[0])
-        real = s5.judge_images(judge, x, test.captions[:len(x)], reference)
+        real = s5.judge_images(judge, x, test.read("caption", rows), reference)
         print(f"{corpus}: real images have score {real['score']:.1f}, match {real['match']:.0f} %",
               file=sys.stderr, flush=True)
         return judge, reference, test
@@ -342,7 +337,7 @@ class Lab:
         """Weights of the reference after eq. 4 on `pairs`."""
         def make():
             torch.manual_seed(settings.seed)
-            net = s1.build_proxy(settings, "cpu")
+            net = s1.build_proxy(settings, CPU)
             return s1.train(net, pairs, settings.steps, settings.batch_size, settings.lr,
                             settings.seed).state_dict()
         return self.keep(f"warm-{name}-{settings.seed}", make)
@@ -353,81 +348,70 @@ class Lab:
         signal: difference, loss, or "difference independent"; read: batches instead of 01's.
         """
         def make():
-            flags = s2.parse_args(["--signal", signal.split()[0], "--seed",
-                                   str(settings.seed), *self.smoke])
+            flags = s2.parse_args(["--signal", signal.split()[0], *self.smoke])
             torch.manual_seed(settings.seed)
-            nets = {key: s1.build_proxy(settings, "cpu") for key in ("proxy", "ref")}
+            nets = {key: s1.build_proxy(settings, CPU) for key in ("proxy", "ref")}
             for net in nets.values():
                 net.load_state_dict(weights)
             nets["rater"] = s2.Rater(settings.size, settings.patch, settings.words)
             if signal == "loss":
                 nets["ref"] = Nothing()                    # eq. 9 needs no theta_hat
-            loss = (with_own_noise(nets["ref"]) if "independent" in signal
-                    else s1.flow_loss)
-            progress, began = s1.Progress(), time.process_time()
-            with (mock.patch.object(s1, "flow_loss", loss),
-                  mock.patch.object(s1, "draw_batches", read or s1.draw_batches)):
-                s2.learn(nets, pairs, val, flags, pairs.batch(np.arange(8)), progress)
+            loss = with_own_noise(nets["ref"]) if "independent" in signal else s1.flow_loss
+            began = time.process_time()
+            with mock.patch.multiple(s1, flow_loss=loss, draw_batches=read or s1.draw_batches):
+                s2.learn(nets, pairs, val, flags, settings.seed, s1.Progress())
             return {"seconds": (time.process_time() - began) / flags.steps,
                     "weights": {key: net.state_dict() for key, net in nets.items()}}
         return self.keep(f"rater-{name}-{signal}-{settings.seed}", make)
 
-    def rate(self, learnt, settings, pairs, draws=8):
-        """Stage 3's numbers (N, 8) of `pairs`; (N, 3) at no draws or without theta_hat."""
-        nets = {key: s1.build_proxy(settings, "cpu") for key in ("proxy", "ref")}
-        nets["rater"] = s2.Rater(settings.size, settings.patch, settings.words)
-        has_ref = len(learnt["weights"]["ref"]) > 1
-        contrast = s3.Contrast(settings.size, settings.words)        # not looked at
-        for key, net in nets.items():
-            if key != "ref" or has_ref:
-                net.load_state_dict(learnt["weights"][key])
-        group_size = s2.parse_args(self.smoke).group_size
-        companions = s3.draw_companions(nets["rater"], group_size, pairs, 0)
-        rows, size = np.arange(len(pairs)), s3.CHUNK
-        with mock.patch.object(s3, "DRAWS", draws):
-            return torch.cat([s3.score_chunk(
-                {**nets, "contrast": contrast}, pairs.take(part), companions, k, 0, has_ref and draws > 0)
-                for k, part in enumerate(np.split(rows, rows[size::size]))])
+    def load(self, learnt, settings, name):
+        """One of the nets that `learn` returned."""
+        net = (s2.Rater(settings.size, settings.patch, settings.words) if name == "rater"
+               else s1.build_proxy(settings, CPU))
+        net.load_state_dict(learnt["weights"][name])
+        return net
+
+    def rate(self, rater, pairs):
+        """Stage 3's rating (N,)."""
+        companions = s3.draw_companions(rater, self.group_size, pairs, 0)
+        return torch.cat([s3.score_chunk({"rater": rater}, *pairs.batch(rows), companions, None)
+                          for rows in split_rows(pairs)])[:, -1].numpy()
 
     def rated(self, corpus, seed, signal="difference", validation="informative"):
         """The whole of stages 1-3: rating (N,), and what `learn` returned."""
         settings, (pairs, val, _) = self.settings(corpus, seed), self.data(corpus, seed)
         weights = self.warm(corpus, settings, pairs)
         if validation != "informative":
-            shares = VALIDATIONS[validation]
-            with mock.patch.object(s1, "STRATA", shares):            # the departure
-                val = draw_toy(len(val), settings.size, seed + 1000, "train", settings.words)
+            with mock.patch.object(s1, "STRATA", VALIDATIONS[validation]):    # the departure
+                val = collect(s1.draw_toy(len(val), settings.size, seed + 1000, "train"),
+                              settings.words)
         learnt = self.learn(f"{corpus}-{validation}", settings, weights, pairs, val, signal)
-        return self.rate(learnt, settings, pairs, 0)[:, RATING].numpy(), learnt
-
-    def choose(self, corpus, seed, name, **how):
-        """Corpus rows (n,) of a selection."""
-        signal, rule, share = SELECTIONS[name]
-        pairs = self.data(corpus, seed)[0]
-        rating = (self.rated(corpus, seed, **{"signal": signal, **how})[0] if signal
-                  else np.zeros(len(pairs)))
-        return s4.select(rating, rule, share, seed=seed)[0]
+        return self.rate(self.load(learnt, settings, "rater"), pairs), learnt
 
     def arm(self, corpus, seed, name, epochs=16, build=None, lr=5e-3, note="", **how):
         """Stage 5's result row of a selection, with another network or rating where named."""
         def make():
-            rows, file = self.choose(corpus, seed, name, **how), self.out / f"{os.getpid()}.npy"
-            np.save(file, rows)
-            args = s5.parse_args(["--out", str(self.out), "--epochs", str(epochs),
-                                  "--lr", str(lr), *self.smoke])
+            signal, rule, share = SELECTIONS[name]
+            pairs, (judge, reference, test) = self.data(corpus, seed)[0], self.judge(corpus)
+            rating = (self.rated(corpus, seed, **{"signal": signal, **how})[0] if signal
+                      else np.zeros(len(pairs)))
+            rows, _ = s4.select(rating, rule, share, seed=seed)
+            args = s5.parse_args(["--lr", str(lr), *self.smoke])
             args.epochs = max(1, epochs // 8) if self.smoke else epochs
-            judge, reference, test = self.judge(corpus)
-            with mock.patch.object(s1, "build_proxy",
-                                   build or s1.build_proxy):         # the departure
-                row, _ = s5.run_arm(
-                    s5.Arm(name, file=str(file)), seed, args, self.settings(corpus, seed),
-                    self.data(corpus, seed)[0], test, judge, reference, s1.Progress())
-            file.unlink()
-            strata = np.array(self.data(corpus, seed)[0].strata)
-            return row | {"shares": {str(s): float(np.mean(strata[rows] == s))
-                                     for s in sorted(set(strata))}}
+            lab = s5.Lab(self.settings(corpus, seed), pairs, np.arange(len(pairs)), None, test,
+                         judge, reference)
+            with (mock.patch.multiple(s5, find_lab=lambda *_: lab, choose_rows=lambda *_: rows),
+                  mock.patch.object(s1, "build_proxy", build or s1.build_proxy)):  # departures
+                row, _ = s5.run_arm((seed, s5.Arm(name)), args, CPU)
+            names, counts = np.unique(pairs.strata(rows), return_counts=True)
+            return row | {"shares": dict(zip(names.tolist(), (counts / len(rows)).tolist()))}
         key = f"arm-{corpus}-{name}-{epochs}-{note}-{'-'.join(how.values())}-{seed}"
         return self.keep(key, make)
+
+
+def split_rows(pairs):
+    """All rows, in chunks as stage 3 scores them."""
+    return np.array_split(np.arange(len(pairs)), len(pairs) // s3.CHUNK + 1)
 
 
 # ---- tables ----------------------------------------------------------------------------------
@@ -446,8 +430,8 @@ def metric_cells(rows, baseline=None):
 
 
 def composition(rows):
-    names = rows[0]["shares"]
-    return ", ".join(f"{100 * np.mean([row['shares'][name] for row in rows]):.0f} {name}"
+    names = sorted({name for row in rows for name in row["shares"]})
+    return ", ".join(f"{100 * np.mean([row['shares'].get(name, 0) for row in rows]):.0f} {name}"
                      for name in names)
 
 
@@ -465,28 +449,33 @@ def learn_quarter(lab, seed):
                      "difference")
 
 
+@torch.no_grad()
 def rank_unseen(lab, seed, source):
     """{ranking: (AUCs on the unseen three quarters, seconds per 1000 pairs)} of one seed."""
     settings, (pairs, _, _) = lab.settings("web crawl", seed), lab.data("web crawl", seed)
     rest = pairs.take(np.arange(len(pairs) // 4, len(pairs)))
     learnt = (learn_quarter(lab, seed) if source == "a quarter"
               else lab.rated("web crawl", seed)[1])        # the rest is not unseen then
-    strata, found = np.array(rest.strata), {}
-    _, rater_cost = timed(lambda: lab.rate(learnt, settings, rest, 0))
+    proxy, ref, rater = (lab.load(learnt, settings, name) for name in ("proxy", "ref", "rater"))
+    rating, cost = timed(lambda: lab.rate(rater, rest))
+    found = {"rater, forward only": (rating, cost)}
     for draws in (1, 8):
-        table, cost = timed(lambda: lab.rate(learnt, settings, rest, draws).numpy())
-        cost -= rater_cost
-        found[f"-difference, {draws} of t and eps"] = areas(-table[:, DIFFERENCE], strata), cost
-        found[f"-loss, {draws} of t and eps"] = areas(-table[:, LOSS], strata), cost / 2
-    found["rater, forward only"] = areas(table[:, RATING], strata), rater_cost
-    return {name: (area, 1000 * cost / len(rest)) for name, (area, cost) in found.items()}
+        with mock.patch.object(s3, "DRAWS", draws):
+            parts, cost = timed(lambda: [
+                s3.baselines(proxy, ref, *rest.batch(rows), s1.seeded("cpu", seed, draws, k))
+                for k, rows in enumerate(split_rows(rest))])
+        loss, difference, _ = (-torch.cat(column).numpy() for column in zip(*parts))
+        found[f"-difference, {draws} of t and eps"] = difference, 2 / 3 * cost
+        found[f"-loss, {draws} of t and eps"] = loss, cost / 3
+    return {name: (areas(values, rest.strata()), 1000 * cost / len(rest))
+            for name, (values, cost) in found.items()}
 
 
 def forward(lab, seeds):
     """Rankings of three quarters of the corpus by what was trained on the other quarter."""
     print("AUC of informative pairs in three quarters of the corpus; after the semicolon, minus "
-          "-difference with 8 draws of the same training. Processor time; -loss, one proxy, is "
-          "counted as half of the difference, two\n")
+          "-difference with 8 draws of the same training. Processor time; a draw costs three "
+          "passes, of which the difference is counted two and -loss one\n")
     head("trained on", "ranking", "seconds per 1000 pairs", *(f"over {name}" for name in OTHERS))
     for source in ("a quarter", "all pairs"):
         runs = [lab.keep(f"forward-{source}-{seed}", lambda: rank_unseen(lab, seed, source))
@@ -517,7 +506,7 @@ def draw_forward(path, runs):
     axes[0].set_ylabel("AUC on unseen pairs")
     axes[2].legend(fontsize=8)
     figure.tight_layout()
-    s1.save_figure(figure, path)
+    s2.save_figure(figure, path)
 
 
 # ---- (b) signals and validation sets ---------------------------------------------------------
@@ -545,7 +534,7 @@ def signals(lab, seeds):
     show("none", *[""] * 5, "random 50%", composition(base), *metric_cells(base))
     for signal, validation, name in CASES:
         rated = [lab.rated("web crawl", seed, signal, validation) for seed in seeds]
-        strata = [np.array(lab.data("web crawl", seed)[0].strata) for seed in seeds]
+        strata = [lab.data("web crawl", seed)[0].strata() for seed in seeds]
         table = np.array([areas(rating, s) for (rating, _), s in zip(rated, strata)]).T
         rows = [lab.arm("web crawl", seed, name, signal=signal, validation=validation)
                 for seed in seeds]
@@ -578,11 +567,9 @@ def read_shards(count, run, shards=20):
 def examine(lab, learnt, seed, shards=20):
     """Correlation of W_batch with quality, its mean in the worst and best quarter, two AUCs."""
     settings, pairs = lab.settings("sharded", seed), lab.data("sharded", seed)[0]
-    rater = s2.Rater(settings.size, settings.patch, settings.words)
-    rater.load_state_dict(learnt["weights"]["rater"])
-    good = np.array(pairs.strata) == "informative"
-    f = rater.features(*pairs.batch(np.arange(len(pairs))))                   # (N, D)
-    size, group = len(pairs) // shards, s2.parse_args(lab.smoke).group_size
+    rater, good = lab.load(learnt, settings, "rater"), pairs.strata() == "informative"
+    f = rater.features(*pairs.batch())                                        # (N, D)
+    size, group = len(pairs) // shards, lab.group_size
     rows = np.arange(len(pairs)).reshape(shards, size)[:, :size // group * group]
     groups = f[rows.reshape(-1, group)]                                       # (M, G, D)
     W = rater.group_weight(groups.mean(1), groups.var(1, unbiased=False))[:, 0].numpy()
@@ -697,13 +684,13 @@ def draw_curves(path, curves, cost):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8,
                   bbox_to_anchor=(0.5, 0.98), frameon=False)
     figure.tight_layout()
-    s1.save_figure(figure, path)
+    s2.save_figure(figure, path)
 
 
 def step_cost(lab, build, steps=20):
     """Processor seconds of one training step of a downstream model."""
     settings, pairs = lab.settings("web crawl", 0), lab.data("web crawl", 0)[0]
-    net = (build or s1.build_proxy)(settings, "cpu")
+    net = (build or s1.build_proxy)(settings, CPU)
     train = functools.partial(s1.train, net, pairs, batch_size=64, lr=1e-3, seed=0)
     train(steps=2)
     return timed(lambda: train(steps=steps))[1] / steps
@@ -721,8 +708,9 @@ def pretrain(lab, seed):
     def make():
         torch.manual_seed(seed)
         settings = lab.settings("web crawl", seed)
-        pairs = draw_toy(len(lab.data("web crawl", seed)[0]), settings.size, seed + 500, "train")
-        net, steps = s1.build_proxy(settings, "cpu"), 8 * (len(pairs) // 64)
+        pairs = collect(s1.draw_toy(len(lab.data("web crawl", seed)[0]), settings.size, seed + 500,
+                                    "train"), settings.words)
+        net, steps = s1.build_proxy(settings, CPU), 8 * (len(pairs) // 64)
         return s1.train(net, pairs, steps, 64, 5e-3, seed, s5.DECAY).state_dict()
     return lab.keep(f"pretrained-{seed}", make)
 
@@ -751,7 +739,7 @@ def models(lab, seeds):
     head("model", "learnt parameters", "ms a step", "selection", "seeds", *METRICS)
     for name, (builder, epochs, lr, most) in MODELS.items():
         some, build = seeds[:most], builder(lab, seeds[0])
-        net = (build or s1.build_proxy)(lab.settings("web crawl", seeds[0]), "cpu")
+        net = (build or s1.build_proxy)(lab.settings("web crawl", seeds[0]), CPU)
         count = sum(p.numel() for p in net.parameters() if p.requires_grad)
         about = name, f"{count / 1e6:.2f} M", f"{1000 * step_cost(lab, build):.0f}"
         if "LoRA" in name:
@@ -769,7 +757,7 @@ def models(lab, seeds):
 def measure(lab, build):
     """The metrics of a network as it is built."""
     judge, reference, test = lab.judge("web crawl")
-    net = build(lab.settings("web crawl", 0), "cpu")
+    net = build(lab.settings("web crawl", 0), CPU)
     return s5.evaluate(net, test, judge, reference, 0)[0]
 
 
