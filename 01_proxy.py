@@ -581,8 +581,9 @@ def split_rows(folder, labels, args):
     for split, rows in splits.items():
         least = max(LEAST, vars(args).get("batch_size", 0))
         if len(rows) < least:
-            raise SystemExit(f"the {split} split has {len(rows)} readable pairs, fewer than {least}"
-                             ": add pairs" + ", or lower --batch-size" * (least > LEAST))
+            cure = "add pairs" + ", or lower --batch-size" * (least > LEAST)
+            raise SystemExit(f"{args.data}: the {split} split has {len(rows)} readable pairs, fewer "
+                             f"than {least}: {cure if len(rows) else LAYOUTS}")
         np.save(folder / f"{split}.npy", rows)
         shared = np.intersect1d(entries["pixels"][rows], entries["pixels"][splits["train"]])
         if split != "train" and len(shared):
@@ -803,7 +804,8 @@ def decode_pair(files, size):
         caption = next((text for text in captions if text.lower() not in NO_CAPTION), None)
         stratum = " ".join(clean(record.get("stratum")) for record in records).strip()
         if not caption:
-            return "no caption beside it"
+            fields = ", ".join(dict.fromkeys(name for record in records for name in record))
+            return "no caption beside it" + f", but {fields[:80]}" * bool(fields)
         return decode_image(files[images[0]](), size), caption, stratum
     except UnicodeDecodeError:
         return "caption is not UTF-8"

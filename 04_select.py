@@ -286,7 +286,7 @@ def main(args, device=None):
     print(f"wrote {stem}.csv, .json, .png: {len(rows)} of {len(real)} pairs"
           + f": {', '.join(shares)}" * bool(shares))
     at_cut = rating[real] == rating[rows].min()            # equal ratings are drawn by lot
-    if args.method in ("topk", "block") and at_cut.sum() > at_cut[chosen].sum():
+    if args.method != "random" and at_cut.sum() > at_cut[chosen].sum():
         print(f"{at_cut.sum()} pairs have the lowest rating that is kept: "
               f"{at_cut[chosen].sum()} of them were drawn by --seed")
     if 1 < args.keep <= 100 < len(real):

@@ -247,7 +247,10 @@ def run_side_by_side(run, work, cores):
     if min(cores, len(work)) < 2:
         return map(run, work)
     context = multiprocessing.get_context("spawn")         # a fork would lack torch's threads
-    return ProcessPoolExecutor(min(cores, len(work)), context, begin_worker).map(run, work)
+    try:
+        return ProcessPoolExecutor(min(cores, len(work)), context, begin_worker).map(run, work)
+    except (OSError, ImportError, NotImplementedError):    # a machine without semaphores
+        return map(run, work)
 
 
 def begin_worker():
