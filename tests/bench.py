@@ -10,7 +10,7 @@ can at best be 1; a peer does the same work in another way, and below 1 means fa
 Uses a CUDA GPU where there is one; nothing here needs files of the stages.
 """
 import argparse
-import importlib
+import functools
 import math
 import os
 import platform
@@ -26,11 +26,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-s1, s2, s3, s4, s5 = (
-    importlib.import_module(name) for name in (
-        "01_proxy", "02_meta_rater", "03_score", "04_select", "05_train_eval"))
-from meta_gradient import SavedBytes  # noqa: E402  (needs the path above)
+import common
+from common import s1, s2, s3, s4, s5
+from meta_gradient import SavedBytes
 
 STEPS = 10                 # training steps in one call of a row
 UNROLLED = 4               # K of the second row of the exact meta-gradient
@@ -77,13 +75,13 @@ def show(values, digits="{:.3g}"):
     return f"{middle} ({low}-{high})"
 
 
-def print_row(what, against, samples, target):
+def show_row(what, against, samples, target):
     """A table row from samples (repeats, 2) of measured and floor, in seconds."""
     ratio = samples[:, 0] / samples[:, 1]
     met = "" if math.isnan(target) else (
         f"≤ {target:.3g}, " + ("met" if np.median(ratio) <= target else "missed"))
-    print(f"| {what} | {against} | {show(1e3 * samples[:, 0])} | {show(1e3 * samples[:, 1])} | "
-          f"{show(ratio, '{:.2f}')} | {met} |", flush=True)
+    common.show(what, against, *(show(1e3 * column) for column in samples.T),
+                show(ratio, "{:.2f}"), met)
 
 
 # ---- floors and peers ------------------------------------------------------------------------
@@ -92,16 +90,18 @@ def own_products(net, inputs, dtype=torch.float32):
     and their number of floating-point operations.
 
     The shapes are read off the network at work. A linear layer: y = x W^T, dW = dy^T x and, where
-    x has a gradient, dx = dy W. Attention: q k^T, p v, and two products for the gradients of each.
+    x has a gradient, dx = dy W; the patches' convolution is one, too. Attention: q k^T, p v, and
+    two products for the gradients of each.
     """
     products = []
 
     def fill(*shape):
         return torch.randn(shape, device=inputs[0].device, dtype=dtype)
 
-    def linear(layer, args, _):
-        rows = args[0].numel() // layer.in_features
-        n, m = layer.weight.shape
+    def linear(layer, args, out):
+        W = layer.weight.flatten(1)
+        n, m = W.shape
+        rows = out.numel() // n
         x, W, dy = fill(rows, m), fill(n, m), fill(rows, n)
         products.extend([(x, W.T), (dy.T, x)] + [(dy, W)] * args[0].requires_grad)
 
@@ -110,7 +110,7 @@ def own_products(net, inputs, dtype=torch.float32):
         q, p = fill(B * block.heads, S, D // block.heads), fill(B * block.heads, S, S)
         products.extend([(q, q.mT), (p, q), (p.mT, q)] * 2)
     hooks = [module.register_forward_hook(hook) for module in net.modules() for kind, hook in
-             ((nn.Linear, linear), (s1.Block, attention)) if isinstance(module, kind)]
+             (((nn.Linear, nn.Conv2d), linear), (s1.Block, attention)) if isinstance(module, kind)]
     net(*inputs)
     for hook in hooks:
         hook.remove()
@@ -160,22 +160,27 @@ def textbook(bench):
 
 
 # ---- what is measured ------------------------------------------------------------------------
-def new_proxy(device, size=16, width=64, depth=3):
+def new_proxy(device, size=16, width=64, depth=s1.DEPTH):
     return s1.DiT(size, 4, width, depth, 8).to(device)
+
+
+def draw_pairs(n, device, size=16, split="train"):
+    pairs = common.collect(s1.draw_toy(n, size, 0, split))
+    pairs.device = device
+    return pairs
 
 
 def set_up(device):
     """Fresh networks of the default sizes, and toy pairs; no result depends on what they learnt."""
     torch.manual_seed(0)
-    pairs, val = (s1.draw_toy(4000, 16, 0, split).to(device) for split in ("train", "val"))
+    pairs, val = (draw_pairs(4000, device, split=split) for split in ("train", "val"))
     nets = {name: new_proxy(device) for name in ("proxy", "ref")}
     nets["rater"] = s2.Rater(16, 4, 8).to(device)
     batches = [split.batch(np.arange(64)) for split in (pairs, val)]
     rng = s1.seeded(device, 0, "bench")
-    noises = [s1.draw_noise(x, rng) for x, _ in batches]
     return SimpleNamespace(device=device, pairs=pairs, nets=nets, rng=rng, batches=batches,
                            opts={name: s1.adamw(net, 1e-3) for name, net in nets.items()},
-                           parts=[(*batch, *noise) for batch, noise in zip(batches, noises)],
+                           parts=[(*batch, *s1.draw_noise(batch[0], rng)) for batch in batches],
                            args=s2.parse_args([]))
 
 
@@ -198,47 +203,24 @@ def proxy_rows(bench):
                   trainer(bench.device, bench.pairs, width=width), floor, 1 / 0.7, STEPS)
     yield Row("proxy step of 01 and 05, width 64", "peer: textbook step",
               trainer(bench.device, bench.pairs), textbook(bench), peer, STEPS)
-    if bench.device.type == "cuda":
-        yield large_row(bench.device)
-
-
-def large_row(device, size=64, width=768, depth=12, batch=64, side=8192):
-    """A step of a DiT-B under bf16 autocast; the ratio is 1 / model FLOP utilisation."""
-    net = new_proxy(device, size, width, depth)
-    opt, half = s1.adamw(net, 1e-4), torch.bfloat16
-    x, t = torch.randn(batch, 3, size, size, device=device), torch.rand(batch, device=device)
-    c = torch.randint(s1.VOCABULARY, (batch, 8), device=device)
-    _, operations = own_products(net, (x, t, c), half)
-    square = torch.randn(side, side, device=device, dtype=half)
-
-    def step():
-        s1.Machine.bf16 = True
-        s1.descend(s1.flow_loss(net, x, c, t, x).mean(), net, opt)
-        s1.Machine.bf16 = False
-
-    def floor():
-        for _ in range(round(operations / (2 * side ** 3))):
-            square @ square
-    return Row("DiT-B step, bf16", f"its FLOPs as {side} x {side} products", step, floor, 1 / 0.4)
 
 
 def meta_rows(bench):
     nets, opts = bench.nets, bench.opts
     train, val = bench.parts
-    joined = [torch.cat(both) for both in zip(train, val)]
-    W = torch.full((64,), 1 / 64, device=bench.device)
 
     def step():
         s2.meta_step(nets, opts, *bench.batches, bench.rng, bench.args)
 
     def passes():
-        for name, part in (("proxy", joined), ("ref", train)):
-            loss = s1.flow_loss(nets[name], *part).mean()
-            s1.descend(loss, nets[name], opts[name])
-        weights = s2.weigh(nets["rater"], *bench.batches[0], bench.args.group_size)
+        for name, parts in (("proxy", (train, val)), ("ref", (train,))):
+            s1.descend(sum(s1.flow_loss(nets[name], *part).mean() for part in parts), nets[name],
+                       opts[name])
+        weights = s2.weigh(nets["rater"], *bench.batches[0], s2.GROUP)
         s1.descend(sum(w.square().mean() for w in weights), nets["rater"], opts["rater"])
 
     def exact(steps):
+        W = torch.full((64,), 1 / 64, device=bench.device)
         return lambda: s2.exact_meta_gradient(nets["ref"], train, val, W, 0.01, steps)
     yield Row("meta step of 02", "its passes: theta 2B, theta_hat B, rater B", step, passes, 1.15)
     for steps in (1, UNROLLED):
@@ -257,12 +239,11 @@ def kept_memory(function, other):
 
 def forward_rows(bench):
     """Scoring, Frechet statistics and sampling, each beside the bare forward passes in it."""
-    nets, part = bench.nets, bench.pairs.take(np.arange(512))
-    rater, net = nets["rater"], nets["proxy"]
-    companions = s3.draw_companions(rater, 32, bench.pairs, 0)
-    x, c = part.batch(np.arange(512))
-    judge = s3.Contrast(16, 8).to(bench.device).requires_grad_(False)
-    many = bench.pairs.batch(np.arange(min(4000, len(bench.pairs))))[0]
+    rater, net = bench.nets["rater"], bench.nets["proxy"]
+    companions = s3.draw_companions(rater, s2.GROUP, bench.pairs, 0)
+    x, c = bench.pairs.batch(np.arange(512))
+    judge = s2.Contrast(16, 8).to(bench.device).requires_grad_(False)
+    many = bench.pairs.batch()[0]
     reference = s5.moments(judge.embed_images(x)[0])
     eps, t = torch.randn_like(x[:128]), torch.rand(256, device=bench.device)
     both, captions = eps.repeat(2, 1, 1, 1), torch.cat([c[:128], torch.zeros_like(c[:128])])
@@ -279,12 +260,11 @@ def forward_rows(bench):
     def features():
         return judge.embed_images(many)[0]
     return [Row("scoring 512 pairs, 03", "bare rater forward",
-                lambda: s3.score_chunk(nets, part, companions, 0, 0), forward, 1 / 0.9),
+                lambda: s3.score_chunk({"rater": rater}, x, c, companions, None), forward, 1 / 0.9),
             Row(f"features and moments of {len(many):,} images, 05", "features alone",
                 lambda: s5.moments(features()), features, 1.05),
             Row("the same and the distance, once an arm", "features alone",
-                lambda: s5.frechet_distance(*s5.moments(features()), *reference),
-                features),
+                lambda: s5.frechet_distance(*s5.moments(features()), *reference), features),
             Row("sampling 128 images, 12 steps, 01", "12 bare forwards of 256",
                 lambda: s1.sample(net, c[:128], eps), guided, 1.1)]
 
@@ -305,10 +285,10 @@ def work(steps):
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     torch.set_num_threads(2 // s1.world())
-    bench = set_up(torch.device("cpu"))
+    bench = set_up(common.CPU)
     train = trainer(bench.device, bench.pairs, steps)
     train()
-    s1.from_first(None)
+    s1.add_up(torch.zeros(1))
     s1.print0(seconds(train) / steps)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -340,85 +320,76 @@ def growth_rows(device, count):
              lambda n: stepper(device, size=math.isqrt(n))),
             ("proxy step", "width", "2", (64, 128, 192, 256), lambda n: stepper(device, width=n)),
             (f"{STEPS} proxy steps", "corpus", "0", (1000, 4000, 16000, 64000),
-             lambda n: trainer(device, s1.draw_toy(n, 16, 0, "train").to(device))),
+             lambda n: trainer(device, draw_pairs(n, device))),
             ("selection", "ratings", "1, sorting n log n",
              tuple(count // k for k in (8, 4, 2, 1)), lambda n: selection_row(n).measured)]
 
 
 def print_growth(rows, repeats):
     """A table: least-squares slope of log seconds over log size."""
-    print("\n| cost of | against | at | ms there | fitted exponent | of the method |\n"
-          + "|---" * 6 + "|")
+    common.head("cost of", "against", "at", "ms there", "fitted exponent", "of the method")
     for what, against, expected, points, make in rows:
         samples = take_turns([sampler(make(n)) for n in points], repeats)
         slopes = np.polyfit(np.log(points), np.log(samples).T, 1)[0]
-        print(f"| {what} | {against} | {', '.join(map(str, points))} | "
-              + ", ".join(f"{1e3 * s:.3g}" for s in np.median(samples, 0))
-              + f" | {show(slopes, '{:.2f}')} | {expected} |", flush=True)
+        common.show(what, against, ", ".join(map(str, points)),
+                    ", ".join(f"{1e3 * s:.3g}" for s in np.median(samples, 0)),
+                    show(slopes, "{:.2f}"), expected)
 
 
 # ---- one GPU ---------------------------------------------------------------------------------
 WIDTHS = (384, 768)                                        # of a ViT-S and a DiT-B
-MODES = ("fp32", "tf32", "bf16", "bf16, compiled")
+MODES = ("fp32", "tf32", "bf16")
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}    # bf16 products, dense, by the makers
 
 
-def gpu_stages(device, width, batch, size=64, depth=12):
+def gpu_stages(device, width, batch, mode="fp32", size=64, depth=12):
     """{stage: (what it does once, its pairs, its floating-point operations)} at these sizes."""
-    pairs, val = (s1.draw_toy(2 * batch, size, 0, split).to(device)
-                  for split in ("train", "val"))
-    settings = s1.parse_args(["--size", str(size), "--width", str(width), "--depth",
-                              str(depth)])
-    nets = {name: s1.build_proxy(settings, device) for name in ("proxy", "ref")}
-    nets["rater"] = s2.Rater(size, settings.patch, settings.words).to(device)
-    nets["contrast"] = s3.Contrast(size, settings.words).to(device)
+    pairs, val = (draw_pairs(2 * batch, device, size, split) for split in ("train", "val"))
+    nets = {name: new_proxy(device, size, width, depth) for name in ("proxy", "ref")}
+    for net in nets.values():
+        net.bf16 = mode == "bf16"
+    torch.set_float32_matmul_precision("highest" if mode == "fp32" else "high")
+    nets["rater"] = s2.Rater(size, 4, 8).to(device)
     opts = {name: s1.adamw(net, 1e-4) for name, net in nets.items()}
-    args, rng = s2.parse_args([]), s1.seeded("cpu", 0, "bench")
-    x, c = pairs.batch(range(8))
-    plain = s1.DiT(size, settings.patch, width, depth, settings.words).to(device)
-    _, each = own_products(plain, (x, x[:, 0, 0, 0], c))
-    rows, each = range(batch), each / 8                    # a training pass of one pair
-    companions = s3.draw_companions(nets["rater"], 32, pairs, 0)
-    chosen, draws = pairs.take(rows), 2 * s3.DRAWS
+    args, rng, rows = s2.parse_args([]), s1.seeded(device, 0, "bench"), np.arange(batch)
+    x, c = pairs.batch(np.arange(8))
+    _, operations = own_products(nets["proxy"], (x, x[:, 0, 0, 0], c))
+    each = operations / 8                                  # a training pass of one pair
+    companions = s3.draw_companions(nets["rater"], s2.GROUP, pairs, 0)
+    score = functools.partial(s3.score_chunk, {**nets, "contrast": s2.Contrast(size, 8).to(device)})
     return {"01, 05": (lambda: s1.train(nets["proxy"], pairs, 1, batch, 1e-4, 0), batch,
                        batch * each),
-            "02": (lambda: s2.meta_step(nets, opts, pairs.batch(rows), val.batch(rows),
-                                        rng, args), batch, 3 * batch * each),
-            "03 --baselines": (
-                lambda: s3.score_chunk(nets, chosen, companions, 0, 0, True), batch,
-                draws * batch * each / 3),
+            "02": (lambda: s2.meta_step(nets, opts, pairs.batch(rows), val.batch(rows), rng, args),
+                   batch, 3 * batch * each),
+            "03 --baselines": (lambda: score(*pairs.batch(rows), companions, rng), batch,
+                               3 * s3.DRAWS * batch * each / 3),
             "05, drawing": (lambda: s1.sample(nets["proxy"], c[:1].expand(batch, -1),
-                                              pairs.batch(rows)[0]), batch,
-                            24 * batch * each / 3)}
+                                              pairs.batch(rows)[0]), batch, 24 * batch * each / 3)}
 
 
 def print_gpu_rows(device, batch=128):
     """Images a second, share of the maker's peak, gigabytes: by width, precision and stage."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
     peak = next((rate for chip, rate in PEAK.items() if chip in name), math.nan)
-    print(f"\n{name}; batch {batch}, 64 x 64 pixels, depth 12\n\n| width | precision | stage | "
-          "images a second | share of peak | peak GB |\n" + "|---" * 6 + "|")
+    print(f"\n{name}; batch {batch}, 64 x 64 pixels, depth 12")
+    common.head("width", "precision", "stage", "images a second", "share of peak", "peak GB")
     for width, mode in [(width, mode) for width in WIDTHS for mode in MODES]:
-        cells = {stage: "not measured | not measured | not measured"
+        cells = {stage: ["not measured"] * 3
                  for stage in ("01, 05", "02", "03 --baselines", "05, drawing")}
         if device.type == "cuda":
             cells = measure_gpu(device, width, mode, batch, peak)
-        for stage, cell in cells.items():
-            print(f"| {width} | {mode} | {stage} | {cell} |", flush=True)
+        for stage, numbers in cells.items():
+            common.show(width, mode, stage, *numbers)
 
 
 def measure_gpu(device, width, mode, batch, peak):
     """{stage: its cells of the table} under one precision."""
-    machine, cells = s1.Machine, {}
-    machine.bf16, machine.compiled = mode.startswith("bf16"), mode.endswith("compiled")
-    machine.fetch_every = 10
-    torch.set_float32_matmul_precision("highest" if mode == "fp32" else "high")
-    for stage, (function, pairs, operations) in gpu_stages(device, width, batch).items():
+    cells = {}
+    for stage, (function, pairs, operations) in gpu_stages(device, width, batch, mode).items():
         torch.cuda.reset_peak_memory_stats()
         each = np.median([sample() for sample in [sampler(function)] * 5])
-        cells[stage] = (f"{pairs / each:,.0f} | {operations / each / peak:.0%} | "
+        cells[stage] = (f"{pairs / each:,.0f}", f"{operations / each / peak:.0%}",
                         f"{torch.cuda.max_memory_allocated() / 1e9:.1f}")
-    machine.bf16, machine.compiled, machine.fetch_every = False, False, 1
     torch.set_float32_matmul_precision("highest")
     return cells
 
@@ -428,17 +399,16 @@ def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     print(f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}; median (range) of {args.repeats} pairs of samples\n")
-    print("| what | floor or peer | measured ms | floor ms | measured / floor | target |\n"
-          + "|---" * 6 + "|")
+          f"{torch.__version__}; median (range) of {args.repeats} pairs of samples")
+    common.head("what", "floor or peer", "measured ms", "floor ms", "measured / floor", "target")
     bench = set_up(device)
     for row in [*proxy_rows(bench), *meta_rows(bench), *forward_rows(bench),
                 selection_row(args.ratings)]:
         pair = [sampler(function, row.units) for function in (row.measured, row.floor)]
-        print_row(row.what, row.against, take_turns(pair, args.repeats), row.target)
-    toy = take_turns([sampler(lambda: s1.draw_toy(20_000, 16, 0, "train"))], args.repeats)
-    print_row("drawing 20,000 toy pairs", "2 seconds", np.hstack([toy, 0 * toy + 2]), 1)
-    print_row("proxy step, 2 processes of 1 thread", "1 process of 2 threads", take_turns(
+        show_row(row.what, row.against, take_turns(pair, args.repeats), row.target)
+    toy = take_turns([sampler(lambda: draw_pairs(20_000, device))], args.repeats)
+    show_row("drawing 20,000 toy pairs", "2 seconds", np.hstack([toy, 0 * toy + 2]), 1)
+    show_row("proxy step, 2 processes of 1 thread", "1 process of 2 threads", take_turns(
         [start(2, args.steps), start(1, args.steps)], args.repeats), 1 / 0.8)
     print_growth(growth_rows(device, args.ratings // 4), args.repeats)
     print_gpu_rows(device)

@@ -79,18 +79,18 @@ def rate(nets, pairs, smoke=False, draws=0):
     return dict(zip([*s3.NUMBERS, *s3.BASELINES], torch.cat(parts).numpy().T))
 
 
-def open_lab(settings, splits):
-    """Stage 5's lab of pairs in memory."""
-    pairs, val, test = splits
+def open_judge(settings, test):
+    """Stage 5's judge of test pairs in memory, and what it sees in them."""
     judge = s2.train_contrast(test, 20 if settings.smoke else s2.CONTRAST_STEPS, settings.seed)
     x, _ = test.batch(np.arange(min(s5.DRAWN, len(test))))
-    reference = s5.moments(judge.embed_images(x)[0])
-    return s5.Lab(settings, pairs, np.arange(len(pairs)), val, test, judge, reference)
+    return judge, s5.moments(judge.embed_images(x)[0])
 
 
-def train_arm(lab, name, rows, seed, args):
-    """Stage 5's result row of a selection."""
-    with mock.patch.multiple(s5, find_lab=lambda *_: lab, choose_rows=lambda *_: rows):
+def train_arm(settings, pairs, test, judged, name, rows, seed, args):
+    """Stage 5's result row of a selection, evaluated on `test` as `judged` by `open_judge`."""
+    lab = s5.Lab(settings, pairs, np.arange(len(pairs)), None, test)
+    with mock.patch.multiple(s5, open_lab=lambda *_: lab, open_judge=lambda *_: judged,
+                             choose_rows=lambda *_: rows):
         return s5.run_arm((seed, s5.Arm(name)), args, CPU)[0]
 
 

@@ -23,11 +23,8 @@ import argparse
 import contextlib
 import csv
 import functools
-import importlib
 import io
 import itertools
-import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -39,12 +36,9 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from torch.utils.data import DistributedSampler
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import (STAGES, OTHERS, areas, cell, head, positions, show, spearman,  # noqa: E402
-                    warm_up)
-
-s1, s2, s3, _, s5 = STAGES
-conftest = importlib.import_module("conftest")
+import conftest
+from common import (CPU, OTHERS, Watched, areas, cell, collect, head, positions, rate, s1, s2, s3,
+                    show, spearman, start_nets, warm_up)
 
 OURS, LOSS, FREE = "eq. 6, as shipped", "eq. 9, as shipped", "eq. 6, no entropy term (--tau 0)"
 SIGMOID = "row 3, half: sigmoid head, one softmax, no entropy term"
@@ -85,15 +79,14 @@ def reweigh(factors):
     """In place of eq. 5: g_train and g_val of theta times factors(k) at meta step k = 0, 1, ...
 
     Scales gradients and leaves the values, which the rater sees, as they are. Every step asks for
-    the losses of theta_hat first, then for those of theta (training and validation half).
+    three losses: of theta and theta_hat on training pairs, of theta on validation pairs.
     """
     flow_loss, calls = s1.flow_loss, itertools.count()
 
     def scaled(net, x, c, t, eps):
-        L, (k, of_theta) = flow_loss(net, x, c, t, eps), divmod(next(calls), 2)
-        if not of_theta:
-            return L
-        factor = torch.tensor(factors(k)).repeat_interleave(len(x) // 2)      # (2 B,)
+        L, (k, which) = flow_loss(net, x, c, t, eps), divmod(next(calls), 3)
+        train, val = factors(k)
+        factor = (train, 1.0, val)[which]
         return factor * L + (1 - factor) * L.detach()
     return scaled
 
@@ -129,32 +122,29 @@ class Bench:
     """What the tables share; a rater is kept as nets, log (steps, 8), {step: logits (N,)}."""
 
     def __init__(self, args):
-        self.out, self.seeds = Path(args.out), range(args.seeds)
-        self.flags = ["--smoke"] if args.smoke else []
-        defaults = s2.parse_args(self.flags)
-        self.steps, self.group_size = defaults.steps, defaults.group_size
+        self.out, self.seeds, self.smoke = Path(args.out), range(args.seeds), args.smoke
+        self.steps = s2.parse_args(["--smoke"] * args.smoke).steps
         self.out.mkdir(exist_ok=True, parents=True)
 
-    @functools.cache
     def warm(self, seed):
         """Settings, training pairs, validation pairs and the weights after eq. 4."""
-        settings, (pairs, val, _), ref = warm_up(seed, bool(self.flags))
+        settings, (pairs, val, _), ref = warm_up(seed, self.smoke)
         return settings, pairs, val, ref.state_dict()
 
     @torch.enable_grad()                                   # callers that only look have it off
     def learn(self, seed, pairs, weights, flags=()):
         """Stage 2 on `pairs` from these weights of both proxies."""
         settings, _, val, _ = self.warm(seed)
-        torch.manual_seed(seed)
-        nets = {key: s1.build_proxy(settings, "cpu") for key in ("proxy", "ref")}
-        for net in nets.values():
-            net.load_state_dict(weights)
-        nets["rater"] = s2.Rater(settings.size, settings.patch, settings.words)
-        args = s2.parse_args(["--seed", str(seed), *self.flags, *flags])
-        nets_at = s1.Progress()
-        s2.learn(nets, pairs, val, args, pairs.batch(np.arange(len(pairs))), nets_at)
-        seen = {k: logits.numpy() for k, logits, _ in nets_at.kept["seen"]}
-        return nets, np.array(nets_at.log), seen
+        nets, seen = start_nets(settings, weights), {}
+        args, rater = s2.parse_args(["--smoke"] * self.smoke + [*flags]), nets["rater"]
+
+        def after(k):
+            if k % max(1, args.steps // 20) == 0:
+                with torch.no_grad():
+                    seen[k] = rater.logits(rater.features(*pairs.batch())).numpy()
+        progress = Watched(after)
+        s2.learn(nets, pairs, val, args, seed, progress)
+        return nets, np.array(progress.log), seen
 
     @functools.cache
     def rater(self, seed, name):
@@ -167,7 +157,7 @@ class Bench:
             return self.learn(seed, pairs, weights, flags.split())
 
     def strata(self, seed):
-        return np.array(self.warm(seed)[1].strata)
+        return self.warm(seed)[1].strata()
 
 
 def pure(rating, strata, share):
@@ -189,7 +179,7 @@ def print_row(name, table):
 
 def of_log(log, name):
     """A column of stage 2's log over the last 100 steps."""
-    return log[-100:, s2.COLUMNS.index(name) - 1]
+    return log[-100:, s2.COLUMNS.index(name)]
 
 
 # ---- the tables ------------------------------------------------------------------------------
@@ -233,7 +223,7 @@ def stopping(bench):
             table = []
             for seed in bench.seeds:
                 strata, (_, log, seen) = bench.strata(seed), bench.rater(seed, name)
-                ess = log[max(0, k - 20):k, s2.COLUMNS.index("ess") - 1].mean()
+                ess = log[max(0, k - 20):k, s2.COLUMNS.index("ess")].mean()
                 table.append([*areas(seen[k], strata), pure(seen[k], strata, 0.1),
                               pure(seen[k], strata, 0.5), ess])
             print_row(f"{name} | {k}", table)
@@ -256,7 +246,7 @@ def draw_stopping(bench):
             axis.set_title(f"informative over {other}", fontsize=9)
     axes[0].set_ylabel("AUC of the logits")
     axes[0].legend(fontsize=8, loc="lower right")
-    s1.save_figure(figure, bench.out / "departures-stopping.png")
+    s3.save_figure(figure, bench.out / "departures-stopping.png")
 
 
 def assumption(bench):
@@ -273,7 +263,7 @@ def assumption(bench):
         settings, pairs, _, weights = bench.warm(seed)
         rows.setdefault((f"{len(pairs)} pairs", settings.steps), []).append(
             compare_signals(bench, seed, pairs, weights))
-        few = s1.draw_toy(96, settings.size, seed + 1000, "train", settings.words)
+        few = collect(s1.draw_toy(96, settings.size, seed + 1000, "train"))
         for steps, state in memorise(bench, seed, few).items():
             rows.setdefault((f"{len(few)} pairs", steps), []).append(
                 compare_signals(bench, seed, few, state))
@@ -285,20 +275,20 @@ def memorise(bench, seed, few):
     """{step: weights} of a theta_hat that sees the same few pairs again and again (eq. 4)."""
     settings, *_ = bench.warm(seed)
     torch.manual_seed(seed)
-    net, points, states = s1.build_proxy(settings, "cpu"), (1, 4, 16), {}
+    net, points, states = s1.build_proxy(settings, CPU), (1, 4, 16), {}
 
     def after(step):
         if step in [settings.steps * k // 2 for k in points]:
             states[step] = {name: value.clone() for name, value in net.state_dict().items()}
     s1.train(net, few, settings.steps * 8, settings.batch_size, settings.lr, seed,
-             decay=0.5, after=after)
+             decay=0.5, progress=Watched(after))
     return states
 
 
 def compare_signals(bench, seed, pairs, weights, beta=0.01):
     """The cells of one row of `assumption`: at the first step, and when the proxies have parted."""
     settings, _, val, _ = bench.warm(seed)
-    ref, count = s1.build_proxy(settings, "cpu"), min(64, len(pairs))
+    ref, count = s1.build_proxy(settings, CPU), min(64, len(pairs))
     ref.load_state_dict(weights)
     rng = s1.seeded("cpu", seed, "departures")
     train, held = ([*part.batch(np.arange(count)), *s1.draw_noise(
@@ -317,9 +307,9 @@ def compare_signals(bench, seed, pairs, weights, beta=0.01):
                 p -= beta * (g + with_val * h)
             signals.append(s1.flow_loss(ref, *train))
     first = [spearman(signals[1] - signals[0], exact), spearman(signals[1], exact)]
-    nets, *_ = bench.learn(seed, pairs, weights, () if bench.flags else ("--steps", "100"))
-    loss, gap = score(bench, nets, pairs, seed, "loss", "difference")         # L_hat, eq. 6: (N,)
-    strata = np.array(pairs.strata)
+    nets, *_ = bench.learn(seed, pairs, weights, () if bench.smoke else ("--steps", "100"))
+    columns = rate(nets, pairs, bench.smoke, draws=s3.DRAWS)
+    loss, gap, strata = columns["ref_loss"], columns["difference"], pairs.strata()   # (N,) each
     return [L_hat.mean().item(), perfect_memory(pairs, train), exact.norm().item() / beta, *first,
             spearman(loss + gap, gap), loss.var() / (loss.var() + gap.var()),
             *(areas(-signal, strata)[-1] for signal in (gap, loss + gap))]
@@ -327,7 +317,7 @@ def compare_signals(bench, seed, pairs, weights, beta=0.01):
 
 def perfect_memory(pairs, batch):
     """L of the best possible answer to the batch: the posterior mean over pairs of its caption."""
-    losses, (known, tokens) = [], pairs.batch(np.arange(len(pairs)))
+    losses, (known, tokens) = [], pairs.batch()
     for x, c, t, eps in zip(*batch):
         same = known[(tokens == c).all(1)]                                    # (n, 3, H, W)
         x_t = (1 - t) * x + t * eps
@@ -341,7 +331,7 @@ def weights(bench):
     head("pairs under the softmax", "largest ratio of two weights: possible, row 3",
                "measured, row 3", "measured, as shipped", "ESS: lowest possible, row 3",
                "measured, row 3", "measured, as shipped")
-    sizes = (2, 8, 32) if bench.flags else (2, 8, 32, 64, 128, 512)
+    sizes = (2, 8, 32) if bench.smoke else (2, 8, 32, 64, 128, 512)
     for B in sizes:
         ratio, ess = bounds(B)
         row3, ours = ([spread(bench, seed, name, weigh, B) for seed in bench.seeds] for name, weigh
@@ -349,7 +339,7 @@ def weights(bench):
         print_row(f"{B}", [(ratio, a[0], b[0], ess, a[1], b[1]) for a, b in zip(row3, ours)])
     head("batch", "eq. 5", "row 4: g_train / B", "and first weighted epoch (0.97)",
                "and last epoch (0.73)")
-    for B in (32, 64) if bench.flags else (32, 64, 512):
+    for B in (32, 64) if bench.smoke else (32, 64, 512):
         print_row(f"{B}", [gradient_shares(bench, seed, B) for seed in bench.seeds])
     draw_temperature(bench)
 
@@ -364,7 +354,7 @@ def bounds(B):
 @torch.no_grad()
 def spread(bench, seed, name, weigh, B):
     """Mean over groups of B pairs: largest ratio of two weights, effective sample size / B."""
-    x, c = bench.warm(seed)[1].batch(np.arange(256 if bench.flags else 512))
+    x, c = bench.warm(seed)[1].batch(np.arange(256 if bench.smoke else 512))
     W_inst, _ = weigh(bench.rater(seed, name)[0]["rater"], x, c, B)           # (512 / B, B)
     ratio = W_inst.amax(1) / W_inst.amin(1)
     return ratio.mean().item(), (1 / W_inst.square().sum(1) / B).mean().item()
@@ -402,27 +392,16 @@ def draw_temperature(bench):
         axis.plot(W_batch, (V.amax(2) / V.amin(2)).mean(1), color=colour, label=f"{B} pairs")
         axis.plot(W_batch, bounds(B)[0] ** W_batch, "--", color=colour, linewidth=1)
     axis.set(xlabel="W_batch = 1 / temperature", ylabel="largest ratio of two weights")
-    s1.legend_above(axis)
-    s1.save_figure(figure, bench.out / "departures-temperature.png")
+    s3.legend_above(axis)
+    s3.save_figure(figure, bench.out / "departures-temperature.png")
 
 
 # ---- rows 6 to 8: scoring --------------------------------------------------------------------
-def score(bench, nets, pairs, seed, *columns):
-    """Columns (N,) of stage 3's ratings in the order of `pairs`."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "ratings.csv"
-        nets = {**nets, "contrast": s3.Contrast(16, 8)}               # not looked at
-        s3.score(nets, bench.group_size, pairs, file, seed, s1.Progress(),
-                 with_baselines="loss" in columns)
-        table = s3.read_table(file)
-    return [table[name] for name in columns]
-
-
 @torch.no_grad()
 def score_batches(rater, pairs, order, size):
     """Row 6, ratings (N,) as released: softmax over the scoring batch times its W_batch."""
     rating = torch.empty(len(pairs))
-    for rows in torch.as_tensor(order).split(size):
+    for rows in np.split(order, range(size, len(order), size)):
         W_inst, W_batch = s2.weigh(rater, *pairs.batch(rows), len(rows))
         rating[rows] = (W_inst * W_batch).flatten()
     return rating.numpy()
@@ -449,7 +428,7 @@ def scoring(bench):
 def rescore(bench, seed):
     """{row: rank correlation, shared top half, inflation, AUC over wrong captions, of both}."""
     (_, pairs, *_), (nets, *_) = bench.warm(seed), bench.rater(seed, OURS)
-    strata, size = bench.strata(seed), 60 if bench.flags else 256
+    strata, size = bench.strata(seed), 60 if bench.smoke else 256
     listed = np.arange(len(pairs))
     mixed = np.random.default_rng(seed).permutation(len(pairs))
     whole = len(pairs) // size * size                      # the rest is a short last batch
@@ -462,8 +441,8 @@ def rescore(bench, seed):
     first = score_batches(nets["rater"], pairs, listed, size)
     again = np.argsort(-first, kind="stable")
     by_rating = score_batches(nets["rater"], pairs, again, size)
-    ours, moved = score(bench, nets, pairs, seed, "rating")[0], np.empty(len(pairs))
-    moved[mixed] = score(bench, nets, pairs.take(mixed), seed, "rating")[0]
+    ours, moved = rate(nets, pairs, bench.smoke)["rating"], np.empty(len(pairs))
+    moved[mixed] = rate(nets, pairs.take(mixed), bench.smoke)["rating"]
     full, without, _ = blank(bench, seed)
     return {
         "released: in another order": compare(
@@ -479,7 +458,7 @@ def blank(bench, seed):
     blanked pairs that were in the top half, share that then are}."""
     (_, pairs, *_), (nets, *_) = bench.warm(seed), bench.rater(seed, OURS)
     strata = bench.strata(seed)
-    x, c = pairs.batch(np.arange(len(pairs)))
+    x, c = pairs.batch()
     dropped = s1.drop_captions(c, s1.seeded("cpu", seed, "blank"))
     full, without = (nets["rater"].logits(nets["rater"].features(x, words)).numpy()
                      for words in (c, dropped))
@@ -503,10 +482,8 @@ def rate_broken(count):
     with tempfile.TemporaryDirectory() as folder:
         pack(s1.draw_toy(count, 16, 0, "train"), Path(folder) / "pairs.tar")
         for command, launcher in (("01_proxy.py --smoke", ()), ("02_meta_rater.py --smoke", ()), (
-                f"03_score.py --smoke --data {folder}/pairs.tar", conftest.TORCHRUN)):
-            done = conftest.run(f"{command} --out {folder}/out", launcher)
-            if done.returncode:
-                raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
+                f"03_score.py --data {folder}/pairs.tar", conftest.TORCHRUN)):
+            conftest.run(f"{command} --out {folder}/out", launcher).check_returncode()
         rated, = Path(folder, "out").glob("ratings-of-*.csv")
         with open(rated, newline="") as file:
             return [int(line["key"].removeprefix("train")) for line in csv.DictReader(file)]
@@ -515,11 +492,11 @@ def rate_broken(count):
 def pack(pairs, path):
     """A tar of PNG files and captions; the images of BROKEN rows are cut off in the middle."""
     with tarfile.open(path, "w") as tar:
-        for row, (key, image) in enumerate(zip(pairs.keys, pairs.images)):
+        for row, (key, image, caption, _) in enumerate(pairs):
             file = io.BytesIO()
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
+            Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
             data = file.getvalue()[:100 if row in BROKEN else None]
-            for kind, content in ((".png", data), (".txt", pairs.captions[row].encode())):
+            for kind, content in ((".png", data), (".txt", caption.encode())):
                 member = tarfile.TarInfo(key + kind)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))

@@ -38,12 +38,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import OTHERS, RULES, STAGES, areas, collect, head, ruled, show  # noqa: E402
+import common
+from common import CPU, OTHERS, RULES, areas, collect, head, ruled, s1, s2, s3, s4, s5, show
 
-s1, s2, s3, s4, s5 = STAGES
-CPU = torch.device("cpu")
-interval, METRICS = s5.interval, s5.METRICS
+METRICS = s5.METRICS
 HEURISTICS = ("clarity", "frequency", "edges")
 SELECTIONS = {             # name: signal of the rater, rule, retention
     "full": ("", "random", 1.0), "random 50%": ("", "random", 0.5),
@@ -86,15 +84,14 @@ def heuristics(x):
 
 @torch.no_grad()
 def write_heuristics(out):
-    """OUT/ratings-NAME.npy for each of HEURISTICS, over the training pairs in OUT."""
-    pairs, made = s1.open_pairs(out / "pairs"), out / "pairs/made.json"
+    """OUT/ratings-NAME.npy for each of HEURISTICS, over the training pairs."""
+    pairs = s1.open_pairs(out / "pairs")
     parts = np.array_split(np.arange(len(pairs)), len(pairs) // 512 + 1)
-    columns = torch.cat([heuristics(pairs.batch(part)[0]) for part in parts]).numpy()
-    for name, column in zip(HEURISTICS, columns.T):
-        path = out / f"ratings-{name}.npy"
-        with s1.atomic_file(path, "wb") as file:
+    columns = torch.cat([heuristics(pairs.batch(rows)[0]) for rows in parts]).T.numpy()
+    for name, column in zip(HEURISTICS, columns):
+        with s1.atomic_file(out / f"ratings-{name}.npy", "wb") as file:
             np.save(file, column.astype([("rating", "f4")]))
-        s1.record(path, "evidence.py main", [made])
+        s1.record(out / f"ratings-{name}.npy", "tests/evidence.py main", [out / "pairs/made.json"])
 
 
 # ---- stage 5 with the arms of the paper's tables ---------------------------------------------
@@ -129,11 +126,11 @@ def compare_arms(name, argv):
     s1.launch(stage, s5.parse_args(argv))
 
 
-# ---- corpora: (key, image, caption, stratum), as stage 1's draw_toy --------------------------
-def number(images, captions, strata, split):
-    """Pairs of images (n, 3, H, W) in [-1, 1], with keys in their order."""
-    keys = (f"{split}{k:06d}" for k in range(len(images)))
-    return zip(keys, s1.to_pixels(images), captions, strata)
+# ---- corpora: like `draw_toy`, pairs (key, image, caption, stratum) of a split ----------------
+def name_pairs(images, captions, strata, split):
+    """Images (n, 3, H, W) in [-1, 1] as pairs, with keys in their order."""
+    for k, pair in enumerate(zip(s1.to_pixels(images), captions, strata)):
+        yield f"{split}{k:06d}", *pair
 
 
 def draw_preferences(n, size, seed, split):
@@ -149,13 +146,13 @@ def draw_preferences(n, size, seed, split):
     wrong = (what[:, None] != known).sum(2) == 1                              # (half, 4 n)
     worse = pool[[rng.choice(np.flatnonzero(row)) for row in wrong]]
     kind = rng.integers(3, size=half)
-    blurred = s5.image_ops.gaussian_blur(torch.from_numpy(good), 7, 2.0).numpy()
+    blurred = s2.image_ops.gaussian_blur(torch.from_numpy(good), 7, 2.0).numpy()
     worse[kind == 0] = blurred[kind == 0]
     worse[kind == 1] = (good + 0.5 * rng.standard_normal(good.shape, np.float32))[kind == 1]
     strata = np.where(kind == 2, "chaotic-caption", "chaotic-noise")
     order, captions = rng.permutation(2 * half), np.tile(s1.describe(what), 2)
     strata = np.concatenate([np.full(half, "informative"), strata])
-    return number(np.concatenate([good, worse])[order], captions[order], strata[order], split)
+    return name_pairs(np.concatenate([good, worse])[order], captions[order], strata[order], split)
 
 
 def draw_clean(n, size, seed, split):
@@ -171,14 +168,12 @@ def draw_clean(n, size, seed, split):
         images[k] = ground[k] + 0.04 * rng.standard_normal(images[k].shape)
         images[k, :, top:top + side, left:left + side] = shrunk[k]
     images = np.where(faint[:, None, None, None], ground + 0.4 * (images - ground), images)
-    captions = []
-    for k, caption in enumerate(s1.describe(what)):
-        where = ("left", "middle", "right")[place[k]] if small[k] else "middle"
-        captions.append(f"a {'small' if small[k] else 'large'} {'faint' if faint[k] else 'strong'}"
-                        f" {caption[2:]} standing in the {where} of the picture")
-    strata = [f"{'small' if a else 'large'} {'faint' if b else 'strong'}"
-              for a, b in zip(small, faint)]
-    return number(images.astype(np.float32), captions, strata, split)
+    kinds = [f"{'small' if a else 'large'} {'faint' if b else 'strong'}"
+             for a, b in zip(small, faint)]
+    where = np.where(small, np.array(["left", "middle", "right"])[place], "middle")
+    captions = [f"a {kind} {caption[2:]} standing in the {side} of the picture"
+                for kind, caption, side in zip(kinds, s1.describe(what), where)]
+    return name_pairs(images.astype(np.float32), captions, kinds, split)
 
 
 def draw_sharded(n, size, seed, split, shards=20):
@@ -187,11 +182,10 @@ def draw_sharded(n, size, seed, split, shards=20):
         yield from s1.draw_toy(n, size, seed, split)
         return
     shares = np.random.default_rng(seed).permutation(np.linspace(0.05, 0.95, shards))
-    for shard, share in enumerate(shares):
+    for number, share in enumerate(shares):
         rest = {name: part * (1 - share) / 0.55 for name, part in s1.STRATA.items()}
         with mock.patch.object(s1, "STRATA", rest | {"informative": share}):
-            part = list(s1.draw_toy(n // shards, size, 1000 * seed + shard, split))
-        yield from ((f"{shard:02d}-{key}", *rest) for key, *rest in part)
+            yield from list(s1.draw_toy(n // shards, size, 1000 * seed + number, split))
 
 
 CORPORA = {"web crawl": (s1.draw_toy, 8), "preference pairs": (draw_preferences, 8),
@@ -298,8 +292,7 @@ class Lab:
     def __init__(self, out, smoke=False):
         self.out, self.smoke = Path(out), ["--smoke"] * smoke
         self.out.mkdir(parents=True, exist_ok=True)
-        self.data, self.judge = functools.cache(self.data), functools.cache(self.judge)
-        self.group_size = min(s2.GROUP, s2.parse_args(self.smoke).batch_size // 2)
+        self.data, self.judged = functools.cache(self.data), functools.cache(self.judged)
 
     def keep(self, name, make):
         """make(), or what it returned when it was called under this name before."""
@@ -312,112 +305,85 @@ class Lab:
         return torch.load(file, weights_only=True)
 
     def settings(self, corpus, seed):
-        return s1.parse_args(["--out", str(self.out), "--seed", str(seed), "--words",
-                              str(CORPORA[corpus][1]), *self.smoke])
+        return s1.parse_args(["--seed", str(seed), "--words", str(CORPORA[corpus][1]),
+                              *self.smoke])
 
     def data(self, corpus, seed):
         """The splits train, val and test of a corpus."""
-        counts = s1.SMOKE_PAIRS if self.smoke else s1.TOY_PAIRS
-        (draw, words), size = CORPORA[corpus], self.settings(corpus, seed).size
-        return [collect(draw(n, size, seed, split), words) for split, n in counts.items()]
+        return common.draw_splits(self.settings(corpus, seed), CORPORA[corpus][0])
 
-    def judge(self, corpus):
-        """Of seed 0: the judge, the moments of real images, the evaluation pairs."""
-        _, _, test = self.data(corpus, 0)
-        judge = s3.train_contrast(test, 20 if self.smoke else s3.CONTRAST_STEPS, 0)
-        rows = np.arange(min(s5.DRAWN, len(test)))
-        x, _ = test.batch(rows)
-        reference = s5.moments(judge.embed_images(x)[0])
-        real = s5.judge_images(judge, x, test.read("caption", rows), reference)
+    def judged(self, corpus):
+        """Of seed 0: settings, the pairs to evaluate on, and their judge."""
+        settings, test = self.settings(corpus, 0), self.data(corpus, 0)[2]
+        judged, rows = common.open_judge(settings, test), np.arange(min(s5.DRAWN, len(test)))
+        real = s5.judge_images(judged[0], test.batch(rows)[0], test.read("caption", rows),
+                               judged[1])
         print(f"{corpus}: real images have score {real['score']:.1f}, match {real['match']:.0f} %",
               file=sys.stderr, flush=True)
-        return judge, reference, test
+        return settings, test, judged
 
     def warm(self, name, settings, pairs):
         """Weights of the reference after eq. 4 on `pairs`."""
-        def make():
-            torch.manual_seed(settings.seed)
-            net = s1.build_proxy(settings, CPU)
-            return s1.train(net, pairs, settings.steps, settings.batch_size, settings.lr,
-                            settings.seed).state_dict()
-        return self.keep(f"warm-{name}-{settings.seed}", make)
+        return self.keep(f"warm-{name}-{settings.seed}",
+                         lambda: common.train_proxy(settings, pairs).state_dict())
 
-    def learn(self, name, settings, weights, pairs, val, signal, read=None):
+    def learn(self, name, settings, weights, pairs, val, signal, read=s1.draw_batches):
         """Stage 2 from warm weights: the three nets, and processor seconds a step.
 
         signal: difference, loss, or "difference independent"; read: batches instead of 01's.
         """
         def make():
-            flags = s2.parse_args(["--signal", signal.split()[0], *self.smoke])
-            torch.manual_seed(settings.seed)
-            nets = {key: s1.build_proxy(settings, CPU) for key in ("proxy", "ref")}
-            for net in nets.values():
-                net.load_state_dict(weights)
-            nets["rater"] = s2.Rater(settings.size, settings.patch, settings.words)
+            args = s2.parse_args(["--signal", signal.split()[0], *self.smoke])
+            nets = common.start_nets(settings, weights)
             if signal == "loss":
                 nets["ref"] = Nothing()                    # eq. 9 needs no theta_hat
             loss = with_own_noise(nets["ref"]) if "independent" in signal else s1.flow_loss
             began = time.process_time()
-            with mock.patch.multiple(s1, flow_loss=loss, draw_batches=read or s1.draw_batches):
-                s2.learn(nets, pairs, val, flags, settings.seed, s1.Progress())
-            return {"seconds": (time.process_time() - began) / flags.steps,
+            with mock.patch.multiple(s1, flow_loss=loss, draw_batches=read):
+                s2.learn(nets, pairs, val, args, settings.seed, s1.Progress())
+            return {"seconds": (time.process_time() - began) / args.steps,
                     "weights": {key: net.state_dict() for key, net in nets.items()}}
         return self.keep(f"rater-{name}-{signal}-{settings.seed}", make)
 
-    def load(self, learnt, settings, name):
-        """One of the nets that `learn` returned."""
-        net = (s2.Rater(settings.size, settings.patch, settings.words) if name == "rater"
-               else s1.build_proxy(settings, CPU))
-        net.load_state_dict(learnt["weights"][name])
-        return net
-
-    def rate(self, rater, pairs):
-        """Stage 3's rating (N,)."""
-        companions = s3.draw_companions(rater, self.group_size, pairs, 0)
-        return torch.cat([s3.score_chunk({"rater": rater}, *pairs.batch(rows), companions, None)
-                          for rows in split_rows(pairs)])[:, -1].numpy()
+    def rate(self, learnt, settings, pairs, draws=0):
+        """Columns of stage 3 for `pairs`; of the baselines only with `draws`."""
+        nets = common.start_nets(settings, learnt["weights"]["proxy"])
+        for key in ("ref", "rater") if draws else ("rater",):        # eq. 9 has no theta_hat
+            nets[key].load_state_dict(learnt["weights"][key])
+        return common.rate(nets, pairs, bool(self.smoke), draws)
 
     def rated(self, corpus, seed, signal="difference", validation="informative"):
         """The whole of stages 1-3: rating (N,), and what `learn` returned."""
         settings, (pairs, val, _) = self.settings(corpus, seed), self.data(corpus, seed)
         weights = self.warm(corpus, settings, pairs)
         if validation != "informative":
-            with mock.patch.object(s1, "STRATA", VALIDATIONS[validation]):    # the departure
-                val = collect(s1.draw_toy(len(val), settings.size, seed + 1000, "train"),
-                              settings.words)
+            with mock.patch.object(s1, "STRATA", VALIDATIONS[validation]):     # the departure
+                val = collect(s1.draw_toy(len(val), settings.size, seed + 1000, "train"))
         learnt = self.learn(f"{corpus}-{validation}", settings, weights, pairs, val, signal)
-        return self.rate(self.load(learnt, settings, "rater"), pairs), learnt
+        return self.rate(learnt, settings, pairs)["rating"], learnt
 
     def arm(self, corpus, seed, name, epochs=16, build=None, lr=5e-3, note="", **how):
         """Stage 5's result row of a selection, with another network or rating where named."""
         def make():
-            signal, rule, share = SELECTIONS[name]
-            pairs, (judge, reference, test) = self.data(corpus, seed)[0], self.judge(corpus)
+            (signal, rule, share), pairs = SELECTIONS[name], self.data(corpus, seed)[0]
             rating = (self.rated(corpus, seed, **{"signal": signal, **how})[0] if signal
                       else np.zeros(len(pairs)))
             rows, _ = s4.select(rating, rule, share, seed=seed)
+            settings, test, judged = self.judged(corpus)
             args = s5.parse_args(["--lr", str(lr), *self.smoke])
             args.epochs = max(1, epochs // 8) if self.smoke else epochs
-            lab = s5.Lab(self.settings(corpus, seed), pairs, np.arange(len(pairs)), None, test,
-                         judge, reference)
-            with (mock.patch.multiple(s5, find_lab=lambda *_: lab, choose_rows=lambda *_: rows),
-                  mock.patch.object(s1, "build_proxy", build or s1.build_proxy)):  # departures
-                row, _ = s5.run_arm((seed, s5.Arm(name)), args, CPU)
-            names, counts = np.unique(pairs.strata(rows), return_counts=True)
-            return row | {"shares": dict(zip(names.tolist(), (counts / len(rows)).tolist()))}
+            with mock.patch.object(s1, "build_proxy", build or s1.build_proxy):    # the departure
+                row = common.train_arm(settings, pairs, test, judged, name, rows, seed, args)
+            return row | {"shares": {str(stratum): float(np.mean(pairs.strata(rows) == stratum))
+                                     for stratum in np.unique(pairs.strata())}}
         key = f"arm-{corpus}-{name}-{epochs}-{note}-{'-'.join(how.values())}-{seed}"
         return self.keep(key, make)
-
-
-def split_rows(pairs):
-    """All rows, in chunks as stage 3 scores them."""
-    return np.array_split(np.arange(len(pairs)), len(pairs) // s3.CHUNK + 1)
 
 
 # ---- tables ----------------------------------------------------------------------------------
 def cell(values, baseline=None, sign=1):
     """'mean ± half'; with a baseline also the paired difference and what it means."""
-    text = s5.show_interval(*interval(values))
+    text = s5.show_interval(*s5.interval(values))
     if baseline is None:
         return text
     return f"{text}; {s5.show_difference(np.subtract(values, baseline), sign)}"
@@ -430,8 +396,8 @@ def metric_cells(rows, baseline=None):
 
 
 def composition(rows):
-    names = sorted({name for row in rows for name in row["shares"]})
-    return ", ".join(f"{100 * np.mean([row['shares'].get(name, 0) for row in rows]):.0f} {name}"
+    names = rows[0]["shares"]
+    return ", ".join(f"{100 * np.mean([row['shares'][name] for row in rows]):.0f} {name}"
                      for name in names)
 
 
@@ -441,41 +407,29 @@ def timed(function):
     return function(), time.process_time() - began
 
 
-def learn_quarter(lab, seed):
-    """Warm-up and rater on the first quarter of the corpus alone."""
-    settings, (pairs, val, _) = lab.settings("web crawl", seed), lab.data("web crawl", seed)
-    quarter = pairs.take(np.arange(len(pairs) // 4))
-    return lab.learn("quarter", settings, lab.warm("quarter", settings, quarter), quarter, val,
-                     "difference")
-
-
-@torch.no_grad()
 def rank_unseen(lab, seed, source):
     """{ranking: (AUCs on the unseen three quarters, seconds per 1000 pairs)} of one seed."""
-    settings, (pairs, _, _) = lab.settings("web crawl", seed), lab.data("web crawl", seed)
-    rest = pairs.take(np.arange(len(pairs) // 4, len(pairs)))
-    learnt = (learn_quarter(lab, seed) if source == "a quarter"
+    settings, (pairs, val, _) = lab.settings("web crawl", seed), lab.data("web crawl", seed)
+    quarter, rest = map(pairs.take, np.split(np.arange(len(pairs)), [len(pairs) // 4]))
+    learnt = (lab.learn("quarter", settings, lab.warm("quarter", settings, quarter), quarter, val,
+                        "difference") if source == "a quarter"
               else lab.rated("web crawl", seed)[1])        # the rest is not unseen then
-    proxy, ref, rater = (lab.load(learnt, settings, name) for name in ("proxy", "ref", "rater"))
-    rating, cost = timed(lambda: lab.rate(rater, rest))
-    found = {"rater, forward only": (rating, cost)}
+    strata, found = rest.strata(), {}
+    quick, rater_cost = timed(lambda: lab.rate(learnt, settings, rest))
     for draws in (1, 8):
-        with mock.patch.object(s3, "DRAWS", draws):
-            parts, cost = timed(lambda: [
-                s3.baselines(proxy, ref, *rest.batch(rows), s1.seeded("cpu", seed, draws, k))
-                for k, rows in enumerate(split_rows(rest))])
-        loss, difference, _ = (-torch.cat(column).numpy() for column in zip(*parts))
-        found[f"-difference, {draws} of t and eps"] = difference, 2 / 3 * cost
-        found[f"-loss, {draws} of t and eps"] = loss, cost / 3
-    return {name: (areas(values, rest.strata()), 1000 * cost / len(rest))
-            for name, (values, cost) in found.items()}
+        table, cost = timed(lambda: lab.rate(learnt, settings, rest, draws))
+        for name, column, share in (("difference", "difference", 1), ("loss", "ref_loss", 1 / 2)):
+            found[f"-{name}, {draws} of t and eps"] = (areas(-table[column], strata),
+                                                       share * (cost - rater_cost))
+    found["rater, forward only"] = areas(quick["rating"], strata), rater_cost
+    return {name: (area, 1000 * cost / len(rest)) for name, (area, cost) in found.items()}
 
 
 def forward(lab, seeds):
     """Rankings of three quarters of the corpus by what was trained on the other quarter."""
     print("AUC of informative pairs in three quarters of the corpus; after the semicolon, minus "
-          "-difference with 8 draws of the same training. Processor time; a draw costs three "
-          "passes, of which the difference is counted two and -loss one\n")
+          "-difference with 8 draws of the same training. Processor time; -loss, one proxy, is "
+          "counted as half of the difference, two\n")
     head("trained on", "ranking", "seconds per 1000 pairs", *(f"over {name}" for name in OTHERS))
     for source in ("a quarter", "all pairs"):
         runs = [lab.keep(f"forward-{source}-{seed}", lambda: rank_unseen(lab, seed, source))
@@ -506,7 +460,7 @@ def draw_forward(path, runs):
     axes[0].set_ylabel("AUC on unseen pairs")
     axes[2].legend(fontsize=8)
     figure.tight_layout()
-    s2.save_figure(figure, path)
+    s3.save_figure(figure, path)
 
 
 # ---- (b) signals and validation sets ---------------------------------------------------------
@@ -534,8 +488,8 @@ def signals(lab, seeds):
     show("none", *[""] * 5, "random 50%", composition(base), *metric_cells(base))
     for signal, validation, name in CASES:
         rated = [lab.rated("web crawl", seed, signal, validation) for seed in seeds]
-        strata = [lab.data("web crawl", seed)[0].strata() for seed in seeds]
-        table = np.array([areas(rating, s) for (rating, _), s in zip(rated, strata)]).T
+        table = np.transpose([areas(rating, lab.data("web crawl", seed)[0].strata())
+                              for (rating, _), seed in zip(rated, seeds)])
         rows = [lab.arm("web crawl", seed, name, signal=signal, validation=validation)
                 for seed in seeds]
         show(names[signal], validation, *map(cell, table),
@@ -567,9 +521,11 @@ def read_shards(count, run, shards=20):
 def examine(lab, learnt, seed, shards=20):
     """Correlation of W_batch with quality, its mean in the worst and best quarter, two AUCs."""
     settings, pairs = lab.settings("sharded", seed), lab.data("sharded", seed)[0]
-    rater, good = lab.load(learnt, settings, "rater"), pairs.strata() == "informative"
+    rater = s2.Rater(settings.size, settings.patch, settings.words)
+    rater.load_state_dict(learnt["weights"]["rater"])
+    good = pairs.strata() == "informative"
     f = rater.features(*pairs.batch())                                        # (N, D)
-    size, group = len(pairs) // shards, lab.group_size
+    size, group = len(pairs) // shards, 8 if lab.smoke else s2.GROUP
     rows = np.arange(len(pairs)).reshape(shards, size)[:, :size // group * group]
     groups = f[rows.reshape(-1, group)]                                       # (M, G, D)
     W = rater.group_weight(groups.mean(1), groups.var(1, unbiased=False))[:, 0].numpy()
@@ -628,7 +584,7 @@ def show_factor(factors):
     missed = sum(factor == 0 for factor in factors)
     if missed:
         return f"not reached under {missed} of {len(factors)} seeds"
-    mean, half = interval(np.log(factors))
+    mean, half = s5.interval(np.log(factors))
     if np.isnan(half):                                     # one seed
         return f"{np.exp(mean):.2g}"
     return f"{np.exp(mean):.2g} ({np.exp(mean - half):.2g} to {np.exp(mean + half):.2g})"
@@ -684,7 +640,7 @@ def draw_curves(path, curves, cost):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8,
                   bbox_to_anchor=(0.5, 0.98), frameon=False)
     figure.tight_layout()
-    s2.save_figure(figure, path)
+    s3.save_figure(figure, path)
 
 
 def step_cost(lab, build, steps=20):
@@ -707,9 +663,8 @@ def pretrain(lab, seed):
     """Weights of a DiT trained for 8 epochs on all pairs, noise included, of another web crawl."""
     def make():
         torch.manual_seed(seed)
-        settings = lab.settings("web crawl", seed)
-        pairs = collect(s1.draw_toy(len(lab.data("web crawl", seed)[0]), settings.size, seed + 500,
-                                    "train"), settings.words)
+        settings, count = lab.settings("web crawl", seed), len(lab.data("web crawl", seed)[0])
+        pairs = collect(s1.draw_toy(count, settings.size, seed + 500, "train"))
         net, steps = s1.build_proxy(settings, CPU), 8 * (len(pairs) // 64)
         return s1.train(net, pairs, steps, 64, 5e-3, seed, s5.DECAY).state_dict()
     return lab.keep(f"pretrained-{seed}", make)
@@ -756,9 +711,8 @@ def models(lab, seeds):
 
 def measure(lab, build):
     """The metrics of a network as it is built."""
-    judge, reference, test = lab.judge("web crawl")
-    net = build(lab.settings("web crawl", 0), CPU)
-    return s5.evaluate(net, test, judge, reference, 0)[0]
+    settings, test, judged = lab.judged("web crawl")
+    return s5.evaluate(build(settings, CPU), test, *judged, 0)[0]
 
 
 # ---- (f) other corpora -----------------------------------------------------------------------

@@ -1,32 +1,16 @@
-"""Stage 4: eq. 11 against its formula, and the files that it reads."""
-import csv
+"""Stage 4: eq. 11 against its formula, the order of ties, and the files that it reads."""
 import itertools
+import json
 import shutil
 
 import numpy as np
 import pytest
 
+from common import collect
 from conftest import launch
 
 
-def test_rows_are_sorted_stably(stage):
-    rating = np.random.default_rng(0).standard_normal(5000).round(2)        # negative, ties, -0.0
-    rating[:9] = [0.0, -0.0, 0.0, -1e-30, 1e-30, 3e38, -3e38, 1e-42, -1e-42]
-    expected = np.argsort(-rating.astype(np.float32), kind="stable")
-    assert (stage(4).sort_rows(rating) == expected).all()
-    assert stage(4).sort_rows(np.array([1.0, 3.0, 2.0, 0.0])).tolist() == [1, 2, 0, 3]
-
-
-@pytest.mark.parametrize("rating", [
-    1 - np.random.default_rng(0).random(5000) * 1e-9,                        # probabilities near 1
-    1.7e9 + np.random.default_rng(1).integers(0, 500, 5000),                 # unix times, with ties
-    np.random.default_rng(2).integers(-5, 5, 5000) * 1e300,                  # infinite in float32
-    np.random.default_rng(3).integers(0, 99, 5000) + 2 ** 60,                # beyond float64, too
-    np.random.default_rng(4).standard_normal(5000).astype(np.float16)])
-def test_the_order_is_that_of_a_stable_argsort(stage, rating):
-    assert (stage(4).sort_rows(rating) == np.argsort(-rating, kind="stable")).all()
-
-
+# ---- eq. 11 and its rivals -------------------------------------------------------------------
 def test_density_is_eq_11(stage):
     w = np.array([0.1, 0.25, 0.5, 0.8])
     p = np.exp(stage(4).log_density(w, 0.25, 0.5, 0.2))
@@ -50,71 +34,216 @@ def test_draw_without_replacement_follows_successive_draws(stage):
 
 
 @pytest.mark.parametrize("method", ["shift-gsample", "gsample", "topk", "block", "random"])
-@pytest.mark.parametrize("keep,count", [(0.5, 500), (0.2, 200), (333, 333)])
-def test_exact_count_no_duplicates(stage, method, keep, count):
+@pytest.mark.parametrize("keep,count", [(0.5, 500), (0.2, 200), (333, 333), (1, 1000)])
+def test_rows_and_places_in_one_order_to_an_exact_count(stage, method, keep, count):
     rating = np.random.default_rng(1).standard_normal(1000)
+    if keep == 1 and method in ("shift-gsample", "block"):
+        with pytest.raises(ValueError, match="leaves 750: lower --keep or --drop"):
+            stage(4).select(rating, method, keep)
+        return
     rows, w = stage(4).select(rating, method, keep, seed=2)
-    assert len(rows) == count == len(set(rows)) and rows.min() >= 0 and rows.max() < 1000
-    assert (np.diff(rows) > 0).all()
-    assert sorted(w) == sorted(np.argsort(np.argsort(-rating))[rows] / 1000)
+    assert len(rows) == count and (np.diff(rows) > 0).all()            # ascending: none twice
+    assert (w == np.argsort(np.argsort(-rating))[rows] / 1000).all()   # each row's own place
     if method in ("shift-gsample", "block"):
-        assert w.min() >= 0.25                         # the dropped head is never drawn
-    if method == "topk":
-        assert w.max() < count / 1000
+        assert w.min() >= 0.25                             # the dropped head is never drawn
+    if method in ("topk", "block"):
+        assert np.ptp(w) * 1000 == pytest.approx(count - 1) and w.min() in (0, 0.25)
+    again, other = (stage(4).select(rating, method, keep, seed=seed)[0] for seed in (2, 3))
+    assert (again == rows).all()
+    assert (len(other) == 1000 or (other != rows).any()) == (method not in ("topk", "block")
+                                                             or keep == 1)
 
 
 def test_far_tail_does_not_underflow(stage):
     """Half of the pairs with a bell of 0.1 points: most of them at log p below -1e6."""
     rows, _ = stage(4).select(np.arange(1000.0), "gsample", 0.5, mean=0.0, std=0.0001, seed=0)
-    assert len(set(rows)) == 500 and rows.min() == 500          # the nearest 500, to the exact pair
+    assert rows.tolist() == list(range(500, 1000))         # the nearest 500, to the exact pair
 
 
-def test_too_many_after_the_drop_is_an_error(stage):
-    with pytest.raises(ValueError, match="leaves 75"):
-        stage(4).select(np.arange(100.0), "shift-gsample", 0.9)
+@pytest.mark.parametrize("method", ["topk", "block"])
+def test_ties_are_drawn_by_seed(stage, method):
+    """Those above the cut are all kept; of a thousand equal ones each is as likely."""
+    rating = np.repeat([2.0, 1.0, 0.0], [100, 800, 100])
+    drop = 0.0 if method == "topk" else 0.05
+    chosen = [stage(4).select(rating, method, 0.5, drop, seed=seed)[0] for seed in range(200)]
+    kept = np.mean([np.bincount(rows, minlength=1000) for rows in chosen], 0)
+    head = 100 if method == "topk" else 50
+    assert all((rows < 100).sum() == head and rows.max() < 900 for rows in chosen)
+    share = (500 - head) / 800
+    assert abs(kept[100:500].mean() - share) < 0.01 > abs(kept[500:900].mean() - share)
+    assert kept[100:900].min() > share - 0.2 and kept[100:900].max() < share + 0.2
 
 
-def write(path, rows):
-    path.write_text("key,rating,loss,difference,stratum\n" + "\n".join(rows) + "\n")
+# ---- files: what is read ---------------------------------------------------------------------
+def write_pairs(stage, out, n=40, planted=()):
+    """OUT/pairs of n pairs with keys key00, key01, ..., as a script writes them for --data own."""
+    pairs = collect((f"key{k:02d}", np.full((3, 4, 4), k, np.uint8), "a word",
+                     "planted-noise" if k in planted else "") for k in range(n))
+    (out / "pairs").mkdir(parents=True)
+    for name, array in (("images", pairs.images), ("tokens", pairs.tokens),
+                        ("entries", pairs.entries), ("train", pairs.rows)):
+        np.save(out / f"pairs/{name}.npy", array)
+    (out / "pairs/texts.jsonl").write_bytes(pairs.texts)
+    (out / "pairs/made.json").write_text('{"data": "own"}')
+    return stage(1).open_pairs(out / "pairs")
 
 
-def test_rankings_and_key_files(stage, tmp_path):
-    write(tmp_path / "ratings.csv", ['"a,1",3,1,9,x', "b,2,2,8,x", "c,1,3,7,y", "d,0,4,6,y"])
-    for rank_by, first in (("rating", "a,1"), ("loss", "a,1"), ("difference", "d")):
-        launch(stage, 4, ["--out", str(tmp_path), "--keep", "0.25", "--method", "topk",
-                          "--rank-by", rank_by])
-        by = "" if rank_by == "rating" else f"-by-{rank_by}"
-        lines = (tmp_path / f"selected{by}-topk-0.25.csv").read_text().split("\n")
-        assert lines[1].strip('"\r') == first
-    np.save(tmp_path / "r.npy", np.arange(10.0))
-    launch(stage, 4, ["--out", str(tmp_path), "--ratings", f"{tmp_path}/r.npy", "--keep", "2"])
-    assert np.load(tmp_path / "selected-r-topk-2.npy").tolist() == [8, 9]
+def choose(stage, out, rating=None, *flags, suffix="csv"):
+    """Rows that stage 4 keeps by these numbers, an array or the lines of a CSV, in a file r."""
+    file = out / f"r.{suffix}"
+    if isinstance(rating, np.ndarray) and suffix == "npy":
+        np.save(file, rating)
+    elif rating is not None:
+        lines = [f"{row},{value!r}" for row, value in enumerate(rating.tolist())] if isinstance(
+            rating, np.ndarray) else rating
+        file.write_text("\n".join(["row,rating", *lines]) + "\n")
+    old = set(out.glob("selected-*.csv"))
+    launch(stage, 4, ["--out", str(out), "--ratings", str(file), *flags])
+    new, = set(out.glob("selected-*.csv")) - old
+    lines = [line.split(",") for line in new.read_text().split()]
+    assert lines[0] == ["row", "key"] and all(key == f"key{int(row):02d}" for row, key in lines[1:])
+    new.unlink()
+    return [int(row) for row, _ in lines[1:]]
 
 
-def test_the_name_tells_all_options_that_are_not_usual(stage, tmp_path):
-    write(tmp_path / "ratings.csv", [f"{k},{k},1,1,x" for k in range(40)])
-    for flags in ([], ["--seed", "1"], ["--mean", "0.4"], ["--std", "0.2"], ["--drop", "0.1"],
-                  ["--keep", "12"], ["--keep", "12", "--method", "block", "--drop", "0"]):
-        launch(stage, 4, ["--out", str(tmp_path), *flags])
-    assert len(list(tmp_path.glob("selected-*.csv"))) == 7
-    assert (tmp_path / "selected-block-12-drop-0.csv").exists()
+NUMBERS = {                # anybody's numbers of 40 pairs, all in one order but for ties
+    "probabilities": 1 - np.arange(40)[::-1] * 1e-13, "unix times": 1.7e9 + np.arange(40) // 2,
+    "huge": np.arange(-20, 20) * 1e300, "half": np.arange(40).astype(np.float16),
+    "whole": np.arange(40), "bytes": np.arange(40).astype(np.uint8), "column": np.arange(40.0)[:, None],
+    "fields": np.array(list(zip(np.arange(40), np.ones(40))), [("rating", "f4"), ("gain", "f4")])}
 
 
-@pytest.mark.parametrize("flags", [
-    "--mean 50", "--std 15", "--std 0", "--drop 25", "--mean nan", "--std nan", "--drop -1",
-    "--keep nan", "--keep inf", "--keep 0", "--keep 1.5", "--keep -0.5", "--seed -1", "--keep 50%"])
-def test_per_cent_and_other_strange_shares_are_refused(stage, capsys, flags):
-    with pytest.raises(SystemExit) as stop:
-        stage(4).parse_args(flags.split())
-    assert stop.value.code == 2
-    assert "50 per cent is 0.5" in capsys.readouterr().err or "%" in flags
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("suffix", ["npy", "csv"])
+def test_own_numbers_rank_as_they_are(stage, tmp_path, capsys, name, suffix):
+    write_pairs(stage, tmp_path)
+    rating = NUMBERS[name]
+    if suffix == "csv":
+        rating = rating["rating"] if rating.dtype.names else rating.reshape(40)
+    assert choose(stage, tmp_path, rating, "--keep", "10", suffix=suffix) == list(range(30, 40))
+    said = capsys.readouterr().out
+    assert "carries no record" in said and "known of rating is that high is good" in said
 
 
-@pytest.mark.parametrize("keep,cure", [(0.001, "raise --keep"), (0.9, "lower --keep or --drop")])
-def test_a_share_that_cannot_be_kept_names_its_cure(stage, tmp_path, keep, cure):
-    write(tmp_path / "ratings.csv", [f"{k},{k},1,1,x" for k in range(40)])
-    with pytest.raises(SystemExit, match=cure):
-        launch(stage, 4, ["--out", str(tmp_path), "--keep", str(keep), "--method", "block"])
+def test_csv_of_any_program_in_any_order(stage, tmp_path):
+    """A byte order mark, quotes, other columns, blank lines; rows decide, not the lines' order."""
+    write_pairs(stage, tmp_path, 4)
+    text = '\ufeffkey, rating ,note,row\r\n"key02",5,"a ""b"", c",2\r\n\r\nkey00,1,#,0\r\n'
+    (tmp_path / "r.csv").write_bytes((text + 'key03,2,,3\r\nkey01,4,"é",1\r\n').encode())
+    assert choose(stage, tmp_path, None, "--keep", "2") == [1, 2]
+
+
+ROWS = [f"{k},{k}" for k in range(40)]
+BAD = {                    # ratings of 40 pairs that are refused in one line
+    "another length": (ROWS[:39], "39 ratings, and 40 pairs were prepared"),
+    "longer": ([*ROWS, "40,1"], "41 ratings, and 40 pairs"), "empty": ([], "0 ratings"),
+    "out of range": ([*ROWS[:39], "40,1"], "each row from 0 to 39 needs one"),
+    "twice": ([*ROWS[:39], "38,1"], "each row from 0 to 39"), "nan row": ([*ROWS[:39], "nan,1"], "r.csv"),
+    "half row": ([*ROWS[:39], "38.5,1"], "each row"), "nan": (["0,nan", *ROWS[1:]], "rating is no number"),
+    "inf": ([*ROWS[:39], "39,-inf"], "rating is no number"), "word": (["0,low", *ROWS[1:]], "low"),
+    "short line": (["0", *ROWS[1:]], "r.csv")}
+ARRAYS = {"text.npy": b"1\n2\n", "short.npy": b"\x93NUMPY", "empty.npy": b"", "folder.npy": None,
+          "few.npy": np.ones(39), "words.npy": np.array(["a"] * 40), "single.npy": np.array(1.0),
+          "square.npy": np.ones((40, 2)), "complex.npy": np.full(40, 1j), "nan.npy": np.full(40, np.nan),
+          "objects.npy": np.array([None] * 40), "other.npy": np.ones(40, [("gain", "f4")]),
+          "empty.csv": b"", "folder.csv": None, "headless.csv": b"0,1\n1,2\n",
+          "table.csv": "row,rating\n0,1\n".encode("utf-16"), "binary.csv": b"PAR1\x15\x04\xff\x00",
+          "keys.csv": b"key,rating\nkey00,1\n", "missing.npy": ..., "missing.csv": ...}
+
+
+@pytest.mark.parametrize("name", [*BAD, *ARRAYS])
+def test_ratings_that_do_not_fit_the_pairs_are_refused(stage, tmp_path, name):
+    write_pairs(stage, tmp_path)
+    file, message = tmp_path / "r.csv", name
+    if name in BAD:
+        lines, message = BAD[name]
+        file.write_text("\n".join(["row,rating", *lines]) + "\n")
+    else:
+        file, held = tmp_path / name, ARRAYS[name]
+        if held is None:
+            file.mkdir()
+        elif isinstance(held, bytes):
+            file.write_bytes(held)
+        elif held is not ...:
+            np.save(file, held)
+    with pytest.raises(SystemExit, match=message) as stop:
+        launch(stage, 4, ["--out", str(tmp_path), "--ratings", str(file)])
+    assert "\n" not in stop.value.code and not list(tmp_path.glob("selected*"))
+
+
+@pytest.mark.parametrize("order", ["row,key,rating", "key,row,rating"])
+def test_ratings_of_another_corpus_are_told_by_their_keys(stage, tmp_path, order):
+    write_pairs(stage, tmp_path)
+    for shift in (0, 1):                                   # keys that fit, and those one row on
+        lines = [order] + [",".join({"row": str(k), "key": f"key{(k + shift) % 40:02d}", "rating": "1"}[
+            name] for name in order.split(",")) for k in range(40)]
+        (tmp_path / "r.csv").write_text("\n".join(lines) + "\n")
+        if not shift:
+            assert len(choose(stage, tmp_path)) == 20
+    with pytest.raises(SystemExit, match="r.csv is of another corpus: key01 is not the key of the"):
+        launch(stage, 4, ["--out", str(tmp_path), "--ratings", f"{tmp_path}/r.csv"])
+
+
+def test_ratings_of_pairs_that_were_prepared_anew_are_refused(stage, chain, tmp_path):
+    out = shutil.copytree(chain, tmp_path / "out")
+    made = json.loads((out / "pairs/made.json").read_text())
+    (out / "pairs/made.json").write_text(json.dumps(made | {"digest": "other"}))
+    for name in ("ratings.npy", "ratings.csv", "ratings-loss.npy"):
+        with pytest.raises(SystemExit, match="was made from another .*pairs/made.json.*run 0"):
+            launch(stage, 4, ["--out", str(out), "--ratings", f"{out}/{name}"])
+
+
+def test_a_missing_column_is_said_before_the_numbers_are_read(stage, chain, tmp_path, monkeypatch):
+    write_pairs(stage, tmp_path)
+    np.save(tmp_path / "r.npy", np.arange(40.0))
+    (tmp_path / "r.csv").write_text("row,rating\n0,1\n")
+    monkeypatch.setattr(stage(4).np, "loadtxt", None)
+    for file in ("r.npy", "r.csv", chain / "ratings-loss.npy", chain / "ratings-loss.csv"):
+        out = tmp_path if isinstance(file, str) else chain
+        with pytest.raises(SystemExit, match="no column contrast among .*03_score.py --baselines"):
+            launch(stage, 4, ["--out", str(out), "--ratings", str(tmp_path / file), "--rank-by",
+                              "rating,contrast"])
+
+
+# ---- what is kept, and what is said of it ----------------------------------------------------
+@pytest.mark.parametrize("rating, flags, said", [
+    (np.ones(40), "", "40 pairs have the lowest rating that is kept: 20 of them were drawn"),
+    (np.ones(40), "--method block --keep 9", "40 pairs have the lowest rating that is kept: 9 of"),
+    (np.ones(40), "--method shift-gsample --keep 9", "40 pairs have the lowest rating that is kept"),
+    (np.repeat([2.0, 1, 0], [5, 30, 5]), "--keep 12", "30 pairs have the lowest .*: 7 of them"),
+    (np.repeat([2.0, 1, 0], [5, 7, 28]), "--keep 12", ""), (np.arange(40), "", ""),
+    (np.arange(40), "--method gsample", ""), (np.ones(40), "--method random", "")])
+def test_ties_at_the_cut_are_said_with_their_number(stage, tmp_path, capsys, rating, flags, said):
+    write_pairs(stage, tmp_path)
+    rows = [choose(stage, tmp_path, rating, *flags.split(), "--seed", seed) for seed in "0012"]
+    assert rows[0] == rows[1] and (len(set(map(tuple, rows))) > 1) == (said != "" or "me" in flags)
+    heard = capsys.readouterr().out
+    assert ("drawn by --seed" in heard) == (said != "")
+    assert not said or stage(1).re.search(said, heard)
+
+
+def test_a_constant_column_chooses_nothing(stage, tmp_path):
+    """A joined ranking with it keeps what the other column keeps, as does a filter's yes and no."""
+    write_pairs(stage, tmp_path)
+    rng, rows = np.random.default_rng(0), []
+    lines = [(k, *rng.integers(0, 99, 2), 1, k % 2) for k in range(40)]
+    (tmp_path / "r.csv").write_text("row,rating,gain,contrast,instance\n" + "".join(
+        ",".join(map(str, line)) + "\n" for line in lines))
+    for names in ("rating", "rating,contrast", "contrast,rating", "instance,contrast", "rating,gain"):
+        rows.append(choose(stage, tmp_path, None, "--rank-by", names))
+    assert rows[0] == rows[1] == rows[2] != rows[4] and rows[3] == list(range(1, 40, 2))
+
+
+def test_planted_pairs_are_in_no_selection_and_counted(stage, tmp_path, capsys):
+    """Whatever rates them, by every rule."""
+    planted = range(3, 40, 4)
+    write_pairs(stage, tmp_path, planted=planted)
+    for method in stage(4).METHODS:
+        rows = choose(stage, tmp_path, np.arange(40.0), "--method", method, "--keep", "9")
+        said = capsys.readouterr().out
+        assert len(rows) == 9 and not set(rows) & set(planted)
+        assert "9 of 30 pairs" in said and "10 pairs with planted dirt are left out" in said
+        assert method != "topk" or rows == [k for k in range(28, 40) if k % 4 != 3]
 
 
 EQ6 = "that validation asked for the pair (eq. 6)"
@@ -123,165 +252,78 @@ EQ9 = "a high rating means low loss (eq. 9)"
 
 @pytest.mark.parametrize("flags,file,said", [
     ("", "topk", f"--method topk, the default here: a high rating means {EQ6}"),
-    ("--ratings OUT/ratings.npy", "topk", EQ6),
-    ("--ratings OUT/ratings-loss.csv", "loss-shift-gsample",
+    ("--ratings OUT/ratings.csv", "topk", EQ6),
+    ("--ratings OUT/ratings-loss.npy", "loss-shift-gsample",
      f"--method shift-gsample, the default here: {EQ9}"),
-    ("--rank-by instance --ratings OUT/ratings-loss.csv", "loss-by-instance-shift-gsample", EQ9),
-    ("--rank-by loss", "by-loss-shift-gsample", EQ9),
+    ("--ratings OUT/ratings-loss.csv", "loss-shift-gsample", EQ9),
+    ("--rank-by instance --ratings OUT/ratings-loss.npy", "loss-by-instance-shift-gsample", EQ9),
+    ("--rank-by ref_loss", "by-ref_loss-shift-gsample", EQ9),
     ("--rank-by difference", "by-difference-topk", EQ6),
     ("--rank-by gain", "by-gain-topk", "known of gain is that high is good"),
     ("--rank-by rating,gain", "by-rating-gain-topk", "known of rating,gain is that high is good"),
     ("--method gsample", "gsample", f"gsample, as asked; topk would suit: a high rating means {EQ6}"),
-    ("--method topk", "topk", f"topk, as asked: a high rating means {EQ6}"),
-    ("--method topk --ratings OUT/ratings-loss.csv", "loss-topk",
-     f"topk, as asked; shift-gsample would suit: {EQ9}")])
-def test_the_default_rule_follows_from_what_the_ratings_say_of_themselves(
-        stage, chain, tmp_path, capsys, flags, file, said):
-    for name in chain.glob("ratings*.*"):
-        shutil.copy(name, tmp_path)
-    flags = flags.replace("OUT", str(tmp_path)).split()
-    launch(stage, 4, ["--out", str(tmp_path), "--keep", "0.4", *flags])
-    assert said in capsys.readouterr().out.splitlines()[0]
-    assert (tmp_path / f"selected-{file}-0.4.csv").exists()
+    ("--method topk --ratings OUT/ratings-loss.npy", "loss-topk",
+     f"topk, as asked; shift-gsample would suit: {EQ9}"),
+    ("--seed 1 --method block --drop 0.1", "block-0.4-drop-0.1-seed-1", "block, as asked; topk")])
+def test_the_default_rule_follows_from_the_record(stage, chain, tmp_path, capsys, flags, file, said):
+    """And the name tells the ratings and every option that is not usual."""
+    out = shutil.copytree(chain, tmp_path / "out")
+    launch(stage, 4, ["--out", str(out), "--keep", "0.4", *flags.replace("OUT", str(out)).split()])
+    heard = capsys.readouterr().out
+    assert said in heard.splitlines()[0] and "carries no record" not in heard
+    path = out / (f"selected-{file}" + "-0.4" * ("0.4" not in file) + ".csv")
+    known = stage(1).check(path)
+    assert known["pairs"] == "pairs" and len(known["grew_from"]) == 2
+    assert len(stage(4).read_rows(path, stage(1).open_pairs(out / "pairs"))) == 102
 
 
 def test_a_keep_that_may_be_meant_as_per_cent_is_said_to_be_a_number(stage, tmp_path, capsys):
-    write(tmp_path / "ratings.csv", [f"{k},{k},1,1,x" for k in range(200)])
-    for keep, said in (("50", True), ("0.5", False), ("150", False)):
-        launch(stage, 4, ["--out", str(tmp_path), "--keep", keep])
+    write_pairs(stage, tmp_path, 100)
+    for keep, said in (("50", False), ("0.5", False)):
+        choose(stage, tmp_path, np.arange(100), "--keep", keep)
         assert ("is a number of pairs" in capsys.readouterr().out) == said
+    write_pairs(stage, tmp_path / "more", 101)
+    for keep, said in (("50", True), ("0.5", False)):
+        launch(stage, 4, ["--out", str(tmp_path / "more"), "--ratings", save(tmp_path, 101), "--keep",
+                          keep])
+        assert ("--keep 50 is a number of pairs" in capsys.readouterr().out) == said
 
 
-def test_columns_of_baselines_are_said_to_be_missing(stage, tmp_path):
-    write(tmp_path / "ratings.csv", ["a,1,1,1,x", "b,2,1,1,x"])
-    with pytest.raises(SystemExit, match="contrast are needed.*03_score.py --baselines"):
-        launch(stage, 4, ["--out", str(tmp_path), "--rank-by", "rating,contrast"])
+def save(folder, n):
+    np.save(folder / f"{n}.npy", np.arange(n))
+    return f"{folder}/{n}.npy"
 
 
-def test_ratings_of_another_origin_are_taken_as_high_is_good(stage, tmp_path, capsys):
-    write(tmp_path / "ratings.csv", [f"{k},{k},1,1,x" for k in range(20)])
-    launch(stage, 4, ["--out", str(tmp_path), "--keep", "2"])
-    assert "all that is known of rating is that high is good" in capsys.readouterr().out
-    assert (tmp_path / "selected-topk-2.csv").read_text().split() == ["key", "18", "19"]
-
-
-def test_a_npy_is_one_column_and_no_other_ranking(stage, tmp_path):
-    np.save(tmp_path / "r.npy", np.arange(10.0))
-    for rank_by in ("contrast", "loss", "rating,loss"):
-        with pytest.raises(SystemExit, match="r.npy is one column: --rank-by .* needs a CSV"):
-            launch(stage, 4, ["--out", str(tmp_path), "--ratings", f"{tmp_path}/r.npy",
-                              "--rank-by", rank_by])
-
-
-def test_planted_pairs_are_found_in_a_table_saved_anew(stage, tmp_path):
-    """By a program that quotes all, or puts the stratum first."""
-    with open(tmp_path / "r.csv", "w", newline="") as file:
-        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
-        writer.writerows([("stratum", "key", "rating"), ("planted-noise", "a", 1), ("x", "b", 2)])
-    assert stage(4).find_planted(tmp_path / "r.csv", 2).tolist() == [True, False]
-
-
-def test_ratings_moved_without_their_npy_keep_their_record(stage, chain, tmp_path, capsys):
-    for name in ("ratings-loss.csv", "ratings-loss.json"):
-        shutil.copy(chain / name, tmp_path)
-    launch(stage, 4, ["--out", str(tmp_path), "--ratings", f"{tmp_path}/ratings-loss.csv"])
-    assert "--method shift-gsample, the default here" in capsys.readouterr().out
-    shutil.copy(chain / "ratings-loss.npy", tmp_path)      # whose keys are in the CSV
-    (tmp_path / "ratings-loss.csv").write_text("key,rating\na,1\n")
-    launch(stage, 4, ["--out", str(tmp_path), "--ratings", f"{tmp_path}/ratings-loss.npy"])
-    assert "carries no record" in capsys.readouterr().out
-
-
-def test_a_folder_for_the_selection_is_made(stage, tmp_path):
-    """Of ratings that lie elsewhere; where it cannot be made, one line."""
-    write(tmp_path / "r.csv", ["a,1,1,1,x", "b,2,1,1,x"])
-    flags = ["--ratings", str(tmp_path / "r.csv"), "--out"]
-    launch(stage, 4, [*flags, str(tmp_path / "new/out")])
-    assert (tmp_path / "new/out/selected-r-topk-0.5.csv").read_text().split() == ["key", "b"]
-    with pytest.raises(SystemExit, match="cannot be written"):
-        launch(stage, 4, [*flags, str(tmp_path / "r.csv")])
-
-
-def test_new_shards_overwrite_none(stage, tmp_path):
-    write(tmp_path / "ratings.csv", ["a,1,1,1,x", "b,2,1,1,x"])
-    (tmp_path / "000000.tar").write_bytes(b"mine")
-    with pytest.raises(SystemExit, match="holds tars already.*name another folder"):
-        launch(stage, 4, ["--out", str(tmp_path), "--write-shards", str(tmp_path)])
-    assert (tmp_path / "000000.tar").read_bytes() == b"mine"
-    assert not list(tmp_path.glob("selected*"))
-
-
-@pytest.mark.parametrize("rows,message", [
-    (["b,1,1,1,x", "a,nan,1,1,x"], "not a number in row 2"),
-    (["a,1,1,1,x", "b,2,1,1,x", "a,3,1,1,x"], "key a stands there more than once, again in row 3"),
-    (["a,1,1,1,x", "b,low,1,1,x"], "low"), (["a"], "ratings.csv"), ([], "no line follows")])
-def test_bad_ratings_are_refused_by_name(stage, tmp_path, rows, message):
-    write(tmp_path / "ratings.csv", rows)
-    with pytest.raises(SystemExit, match=message) as stop:
-        launch(stage, 4, ["--out", str(tmp_path)])
-    assert "\n" not in str(stop.value)
-
-
-GOOD = "key,rating\na,1\nb,3\nc,2\n"
-ARRAYS = {"folder.npy": None, "empty.npy": b"", "text.npy": b"1\n2\n", "short.npy": b"\x93NUMPY",
-          "table.csv": GOOD.encode("utf-16"), "latin.csv": "key,rating\n\xe9,1\n".encode("cp1252"),
-          "empty.csv": b"", "binary.csv": b"PAR1\x15\x04\xff\x00", "folder.csv": None,
-          "headless.csv": b"a,1\nb,2\n", "words.npy": np.array(["a", "b"]),
-          "square.npy": np.ones((3, 3)), "complex.npy": np.ones(3, complex),
-          "none.npy": np.array([]), "single.npy": np.array(1.0), "mask.npy": np.ones(3, bool)}
-
-
-@pytest.mark.parametrize("name", ARRAYS)
-def test_files_of_another_kind_are_one_line(stage, tmp_path, name):
-    file, held = tmp_path / name, ARRAYS[name]
-    if held is None:
-        file.mkdir()
-    elif isinstance(held, bytes):
-        file.write_bytes(held)
-    else:
-        np.save(file, held)
+@pytest.mark.parametrize("flags, said", [(flags, "50 per cent is 0.5") for flags in (
+    "--mean 50", "--std 15", "--std 0", "--drop 25", "--keep 0", "--keep 1.5")] + [
+    (flags, "") for flags in ("--mean nan", "--std nan", "--drop -1", "--keep nan", "--keep inf",
+                              "--keep -0.5", "--seed -1", "--keep 50%", "--rank-by rating,beauty")])
+def test_per_cent_and_other_strange_numbers_are_refused(stage, capsys, flags, said):
     with pytest.raises(SystemExit) as stop:
-        launch(stage, 4, ["--out", str(tmp_path), "--ratings", str(file)])
-    assert name in stop.value.code and "\n" not in stop.value.code
+        stage(4).parse_args(flags.split())
+    assert said in str(stop.value) and (stop.value.code == 2 or flags.split()[0] in stop.value.code)
 
 
-def test_npz_under_another_name_and_a_missing_file(stage, tmp_path):
-    np.savez(tmp_path / "r.npz", np.ones(3))
-    (tmp_path / "r.npz").rename(tmp_path / "r.npy")
-    for name in ("r.npy", "missing.npy", "missing.csv"):
-        with pytest.raises(SystemExit, match=name):
-            launch(stage, 4, ["--out", str(tmp_path), "--ratings", str(tmp_path / name)])
+def test_a_share_that_cannot_be_kept_and_a_folder_of_tars_name_their_cure(stage, tmp_path):
+    write_pairs(stage, tmp_path)
+    np.save(tmp_path / "ratings.npy", np.arange(40.0))
+    (tmp_path / "000000.tar").write_bytes(b"mine")
+    for flags, cure in (("--keep 0.001", "raise --keep"), ("--keep 0.9", "lower --keep or --drop"),
+                        ("--write-shards OUT", "holds tars already: name another"),
+                        ("--write-shards OUT/new", "out of files, not those of own")):
+        flags = flags.replace("OUT", str(tmp_path)).split()
+        with pytest.raises(SystemExit, match=cure) as stop:
+            launch(stage, 4, ["--out", str(tmp_path), "--method", "block", *flags])
+        assert "\n" not in stop.value.code
+    assert (tmp_path / "000000.tar").read_bytes() == b"mine" and not list(tmp_path.glob("selected*"))
 
 
-def test_marks_blank_lines_and_quotes_are_read_as_meant(stage, tmp_path, capsys):
-    text = '\ufeffkey,rank,rating\r\n"a,""x",1,1\r\n\r\nb c,2,3\r\n"d""e",3,2\r\n'
-    (tmp_path / "ratings.csv").write_bytes(text.encode())
-    launch(stage, 4, ["--out", str(tmp_path), "--method", "topk", "--keep", "2"])
-    with open(tmp_path / "selected-topk-2.csv", newline="") as file:
-        assert [line[0] for line in csv.reader(file)] == ["key", "b c", 'd"e']
-    assert "carries no record" in capsys.readouterr().out
-
-
-def test_row_numbers_and_masks(stage, tmp_path):
-    """What a selection may hold for a corpus of 5 pairs."""
-    def rows(*values, kind=int):
-        np.save(tmp_path / "s.npy", np.array(values, kind))
-        return stage(4).read_rows(tmp_path / "s.npy", 5).tolist()
-    assert rows(4, 0) == [4, 0] and rows(1, 2, kind=np.uint8) == [1, 2]
-    assert rows(0, 1, 0, 0, 1, kind=bool) == [1, 4]
-    for values, kind in (((0.1, 0.7), float), ((0.0, 1.0), float), ((5,), int), ((-1,), int),
-                         ((1, 1), int), ((), int), ((1, 0), bool), ((0,) * 5, bool)):
-        with pytest.raises(SystemExit, match="s.npy"):
-            rows(*values, kind=kind)
-
-
-@pytest.mark.parametrize("method,said", [
-    ("topk", "p of eq. 11 (not used)"), ("gsample", "p of eq. 11, scaled"),
-    ("shift-gsample", "p of eq. 11, scaled")])
-def test_the_figure_says_whether_the_bell_was_used(stage, tmp_path, monkeypatch, method, said):
-    figures = []
-    monkeypatch.setattr(stage(4).plt, "close", figures.append)
-    write(tmp_path / "ratings.csv", [f"{k},{k},1,1,x" for k in range(40)])
-    launch(stage, 4, ["--out", str(tmp_path), "--method", method])
-    (axis,), = (figure.axes for figure in figures)
-    assert said in [text.get_text() for text in axis.get_legend().get_texts()]
+def test_the_bell_is_drawn_where_it_was_used(stage, tmp_path, monkeypatch):
+    write_pairs(stage, tmp_path)
+    for method in stage(4).METHODS:
+        figures = []
+        monkeypatch.setattr(stage(4).plt, "close", figures.append)
+        choose(stage, tmp_path, np.arange(40), "--method", method)
+        (axis,), = (figure.axes for figure in figures)
+        texts = [text.get_text() for text in axis.get_legend().get_texts()]
+        assert ("p of eq. 11, scaled" in texts) == ("gsample" in method)

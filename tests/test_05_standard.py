@@ -1,17 +1,17 @@
 """Stage 5, the standard metrics: against references written apart from them, on random weights."""
+import csv
 import gzip
-import pickle
+import hashlib
+import shutil
 import warnings
-import zipfile
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
-from conftest import TORCHRUN, launch, run
+from conftest import launch
 
 
 def calibrate(net, seed=0):
@@ -140,7 +140,8 @@ def clip_block(state, prefix, h, mask):
 
 def test_clip_towers(stage):
     state = {name: value.double() for name, value in make_clip_state(128, 64).items()}
-    net = stage(5).load_strictly(stage(5).Clip(state).double(), state, "clip").eval()
+    net = stage(5).Clip(state).double().eval()
+    net.load_state_dict(state)
     ids = torch.randint(1, 500, (3, 77), generator=torch.Generator().manual_seed(1))
     ids[:, 20] = 599                                             # end of text
     h = state["token_embedding.weight"][ids] + state["positional_embedding"]
@@ -171,109 +172,13 @@ def test_clip_towers(stage):
         assert torch.allclose(net.visual(x), h @ state["visual.proj"], atol=1e-9)
 
 
-def test_weights_of_another_network_are_refused_by_name(stage, tmp_path):
-    state = make_clip_state()
-    short = {name: value for name, value in state.items() if name != "visual.proj"}
-    with pytest.raises(SystemExit, match="weights.pt holds other weights.*visual.proj"):
-        stage(5).load_strictly(stage(5).Clip(state), short, "weights.pt")
-    torch.save(state, tmp_path / "clip.pt")
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "clip.pt").read_bytes()[:5000])
-    with pytest.raises(SystemExit, match="cut.pt is no file of weights"):
-        stage(5).load_state(tmp_path / "cut.pt")
-    assert torch.equal(stage(5).load_state(tmp_path / "clip.pt")["visual.proj"],
-                       state["visual.proj"])
-
-
-def test_public_weights_are_fetched_once_and_checked(stage, tmp_path, monkeypatch):
-    """No network: the address and the option are named. Other bytes than the public: refused."""
-    def fail(*args, **kwargs):
-        raise OSError("no network")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(SystemExit, match="ViT-B-32.pt could not be fetched.*--clip"):
-        stage(5).find_weights("clip", None)
-    with pytest.raises(SystemExit, match="--clip-vocab nowhere: no such file"):
-        stage(5).find_weights("clip_vocab", "nowhere")
-    (tmp_path / "checkpoints" / "ViT-B-32.pt").write_bytes(b"half of it")
-    with pytest.raises(SystemExit, match="SHA-256 differs"):
-        stage(5).find_weights("clip", None)
-
-
-class Leaf(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4).half())
-        self.table = nn.Parameter(torch.randn(5, 3))
-
-    def forward(self, x):
-        return self.inner[0](x) + self.inner[1].weight.float() + self.table.sum()
-
-
-@pytest.fixture()
-def archive(tmp_path):
-    """A TorchScript archive of a Leaf, and that Leaf."""
-    leaf, path = Leaf(), tmp_path / "leaf.pt"
-    with warnings.catch_warnings(action="ignore"):         # of what is deprecated
-        torch.jit.save(torch.jit.trace(leaf, torch.randn(2, 3)), str(path))
-    return path, leaf
-
-
-def rewrite(path, file, change):
-    """A copy of a zip whose files of this name end in what `change` makes of their bytes."""
-    copy = path.with_name("changed.pt")
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
-        for name in old.namelist():
-            data = old.read(name)
-            new.writestr(name, change(data) if name.endswith(file) else data)
-    return copy
-
-
-def test_archives_are_read_bit_by_bit_and_without_a_warning(stage, archive):
-    path, leaf = archive
-    with warnings.catch_warnings(action="error"):
-        state = stage(5).load_state(path)
-    assert state.keys() == leaf.state_dict().keys()
-    for name, value in leaf.state_dict().items():
-        assert state[name].dtype == value.dtype and torch.equal(state[name], value)
-
-
-@pytest.mark.parametrize("file", ["/data.pkl", "/constants.pkl", ".py"])
-def test_no_python_in_an_archive_is_run(stage, archive, tmp_path, file):
-    """Neither what a pickle calls, in either of its two, nor its source as Python."""
-    sprung = tmp_path / "sprung"
-
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(sprung), "w"))
-    trap = f"open({str(sprung)!r}, 'w')\n".encode() if file == ".py" else pickle.dumps(Trap(), 2)
-    changed = rewrite(archive[0], file, lambda data: trap + data)
-    with pytest.raises(SystemExit, match="changed.pt is no file of weights: .") as stop:
-        stage(5).load_state(changed)
-    assert not sprung.exists() and "\n" not in stop.value.code
-
-
-@pytest.mark.parametrize("damage", ["cut", "a byte of a tensor", "without its tree"])
-def test_damaged_archives_are_refused_in_one_line(stage, archive, damage):
-    path, leaf = archive
-    data = path.read_bytes()
-    if damage == "cut":
-        path.write_bytes(data[:len(data) // 2])
-    elif damage == "a byte of a tensor":
-        table = data.index(leaf.table.detach().numpy().tobytes())
-        path.write_bytes(data[:table] + bytes([data[table] ^ 255]) + data[table + 1:])
-    else:
-        path = rewrite(path, "/data.pkl", lambda data: b"")
-    with pytest.raises(SystemExit, match=f"{path.name} is no file of weights: .") as stop:
-        stage(5).load_state(path)
-    assert "\n" not in stop.value.code
-
-
 @pytest.fixture()
 def tokenizer(stage, tmp_path):
     """A vocabulary of seven merges, in the order in which they were learnt."""
     merges = ["h e", "l l", "he ll", "hell o</w>", "' s</w>", "a b", "b b"]
-    (tmp_path / "bpe.txt").write_text("#version\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    return stage(5).ClipTokenizer(tmp_path / "bpe.txt")
+    text = "\n".join(["#version", *merges, ""])
+    (tmp_path / "bpe.gz").write_bytes(gzip.compress(text.encode()))
+    return stage(5).ClipTokenizer(tmp_path / "bpe.gz")
 
 
 def test_tokenizer_merges_and_rules(tokenizer):
@@ -297,166 +202,131 @@ def test_tokenizer_keeps_the_end_when_it_cuts(tokenizer):
     assert all(row[76] == end and row[0] == start for row in table[1:])
 
 
-def test_streaming_moments_equal_two_passes(stage):
-    f = torch.randn(103, 7).double() * 3 + 5
-    for size in (1, 7, 50, 200):
-        found = stage(5).Moments(7)
-        for part in f.split(size):
-            found.add(part)
-        n, mu, S = found.finish()
-        assert n == 103 and np.allclose(mu, f.mean(0), atol=1e-12)
-        assert np.allclose(S, np.cov(f.numpy(), rowvar=False), atol=1e-10)
-    one = stage(5).Moments(7)
-    one.add(f[:1])
-    with pytest.raises(SystemExit, match="at least two"):
-        one.finish()
+# ---- the public files ------------------------------------------------------------------------
+class Tree(nn.Module):
+    """Modules within modules, whose state dict has these names and values."""
+
+    def __init__(self, state):
+        super().__init__()
+        for name, value in state.items():
+            head, _, rest = name.partition(".")
+            if not rest:
+                self.register_buffer(name, value)
+            elif not hasattr(self, head):
+                self.add_module(head, Tree({other.removeprefix(f"{head}."): v for other, v in
+                                            state.items() if other.startswith(f"{head}.")}))
+
+    def forward(self, x):
+        return x
+
+
+def save_archive(path, state):
+    """A TorchScript archive, as OpenAI's files are: half precision, and three whole numbers."""
+    state = {name: value.half() for name, value in state.items()} | {
+        name: torch.tensor(5) for name in ("input_resolution", "context_length", "vocab_size")}
+    with warnings.catch_warnings(action="ignore"):         # of what is deprecated
+        torch.jit.save(torch.jit.trace(Tree(state), torch.zeros(1)), str(path))
 
 
 @pytest.fixture()
-def weights(stage, inception, tmp_path):
-    """Flags that name weight files as the public ones are laid out, with random contents."""
-    calibrated = stage(5).build_inception()
-    calibrated.load_state_dict(inception.state_dict() | {
-        "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)})
-    torch.save(calibrated.state_dict(), tmp_path / "inception.pt")
-    torch.save(make_clip_state(words=515), tmp_path / "clip.pt")     # 512 symbols, a merge, two ends
-    (tmp_path / "bpe.txt").write_text("#version\nh e\n")
-    return [f"--inception={tmp_path}/inception.pt", f"--clip={tmp_path}/clip.pt",
-            f"--clip-vocab={tmp_path}/bpe.txt"]
+def weights(stage, inception, tmp_path, monkeypatch):
+    """A folder with files as the public ones are laid out, of random contents; their digests and
+    addresses stand in WEIGHTS."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    state = inception.state_dict() | {"fc.weight": torch.zeros(1008, 2048),
+                                      "fc.bias": torch.zeros(1008)}
+    torch.save(state, folder / "inception.pth")
+    save_archive(folder / "clip.pt", make_clip_state(words=515))     # 512 symbols, a merge, two ends
+    (folder / "bpe.gz").write_bytes(gzip.compress(b"#version\nh e\n"))
+    for what, name in (("inception", "inception.pth"), ("clip", "clip.pt"), ("clip_vocab", "bpe.gz")):
+        digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        monkeypatch.setitem(stage(5).WEIGHTS, what, (f"https://example.org/files/{name}", digest))
+    return folder
 
 
 def test_standard_judge_has_the_interface_of_the_mini_one(stage, weights):
-    """Images in [-1, 1] are measured as the files that they would be saved as."""
-    args = stage(5).parse_args(["--metrics=standard", *weights])
-    judge = stage(5).StandardJudge(args, torch.device("cpu"))
+    """Images in [-1, 1] are measured as the files that they would be saved as; the features are
+    those of the networks with the files' numbers, in any batch."""
+    judge = stage(5).StandardJudge(str(weights), torch.device("cpu"))
     pixels = make_images(4, 24, torch.Generator().manual_seed(2))
     f, unit = judge.embed_images(pixels / 127.5 - 1)
-    again, same = judge.embed_pixels(list(pixels))
-    assert torch.allclose(f, again, atol=1e-4) and torch.allclose(unit, same, atol=1e-5)
+    again, same = judge.embed_pixels(list(pixels[2:]))
+    assert torch.allclose(f[2:], again, atol=1e-4) and torch.allclose(unit[2:], same, atol=1e-5)
     assert f.shape == (4, 2048) and torch.allclose(unit.norm(dim=1), torch.ones(4))
-    assert judge.embed_captions(["he", "he he"]).shape == (2, 16)
+    assert f.std(0).mean() > 0.01 and (unit @ unit.T)[0, 1] < 0.9999
+    large = F.interpolate(pixels / 255, (299, 299), mode="bilinear", align_corners=False)
+    with torch.no_grad():
+        assert torch.allclose(fid_features(judge.inception, 2 * large - 1), f, atol=1e-3)
+    state = {name: v.half().float() for name, v in make_clip_state(words=515).items()}
+    assert torch.equal(judge.clip.visual.proj, state["visual.proj"])
+    texts = judge.embed_captions(["he", "he he", "he"])
+    assert texts.shape == (3, 16) and torch.equal(texts[0], texts[2])
+    assert not torch.allclose(texts[0], texts[1]) and judge.size == 32
+
+
+def test_features_that_are_no_numbers_are_said(stage, weights):
+    judge = stage(5).StandardJudge(str(weights), torch.device("cpu"))
+    judge.inception.Conv2d_1a_3x3.conv.weight[0] = torch.nan
+    with pytest.raises(SystemExit, match="not finite"):
+        judge.embed_images(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("what, damage, message", [
+    ("clip", "cut", "clip.pt is not the public file .SHA-256 differs"),
+    ("inception", "bit", "inception.pth is not the public file .SHA-256 differs"),
+    ("clip_vocab", "bit", "bpe.gz is not the public file .SHA-256 differs"),
+    ("clip", "gone", "clip.pt could not be read .*get https://example.org/.*--weights"),
+    ("inception", "folder", "inception.pth could not be read .*--weights")])
+def test_files_are_checked_before_any_is_read(stage, weights, monkeypatch, what, damage, message):
+    """A pickle that is not the public one could run anything."""
+    file = weights / stage(5).WEIGHTS[what][0].rpartition("/")[2]
+    data = file.read_bytes()
+    file.unlink()
+    if damage == "folder":
+        file.mkdir()
+    elif damage != "gone":
+        file.write_bytes(data[:999] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
+    for reader in ("torch.load", "torch.jit.load", "gzip.decompress"):
+        monkeypatch.setattr(reader, None)
+    with pytest.raises(SystemExit, match=message) as stop:
+        stage(5).StandardJudge(str(weights), torch.device("cpu"))
+    assert "\n" not in stop.value.code
+
+
+def test_without_a_folder_files_are_fetched_once_and_checked(stage, weights, tmp_path, monkeypatch):
+    """No network: the address and the option are named."""
+    fetched = []
+
+    def fetch(address, file, hash_prefix):
+        fetched.append((address, hash_prefix))
+        if len(fetched) == 1:
+            raise OSError("no network")
+        shutil.copy(weights / "clip.pt", file)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(SystemExit, match="no network.*get https://example.org/.*with --weights"):
+        stage(5).find_weights("clip", "")
+    files = [stage(5).find_weights("clip", "") for _ in range(3)]
+    assert files == [tmp_path / "hub/checkpoints/clip.pt"] * 3
+    assert fetched == [stage(5).WEIGHTS["clip"]] * 2
+
+
+def test_public_addresses_and_digests_are_whole(stage):
+    for address, digest in stage(5).WEIGHTS.values():
+        assert address.startswith("https://") and len(bytes.fromhex(digest)) == 32
+        assert digest[:8] in address or address.endswith(".txt.gz")
 
 
 @pytest.mark.slow
-def test_evaluate_tool_on_folders(stage, weights, tmp_path, capsys):
-    """Statistics saved and reused; the folder against itself is at distance 0; two processes count
-    every image once; captions give a CLIP score."""
-    rng = torch.Generator().manual_seed(5)
-    for name, n in (("drawn", 5), ("real", 4)):
-        (tmp_path / name).mkdir()
-        for k, image in enumerate(make_images(n, 40, rng)):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{k}.png")
-            (tmp_path / name / f"{k}.txt").write_text("he he")
-    (tmp_path / "drawn/broken.png").write_bytes(b"no")
-    weights.append(f"--out={tmp_path}/out")
-    for extra in ([f"--reference={tmp_path}/real", f"--save-statistics={tmp_path}/s.npz"],
-                  [f"--reference={tmp_path}/s.npz"]):
-        flags = [f"--evaluate={tmp_path}/drawn", *extra, *weights]
-        stage(1).launch(stage(5).main, stage(5).parse_args(flags))
-    said = capsys.readouterr().out
-    first, second = [float(line.split()[1]) for line in said.splitlines() if line[:3] == "FID"]
-    assert first > 1e-3 > abs(second) and "of 5 images" in said and "bias" in said
-    assert "of 5 captioned images" in said and "skipped 1 (unreadable image" in said
-    assert set(np.load(tmp_path / "s.npz").files) == {"mu", "sigma", "count"}
-    done = run(f"05_train_eval.py --evaluate {tmp_path}/drawn --reference {tmp_path}/real "
-               + " ".join(weights), TORCHRUN)
-    assert "of 5 images" in done.stdout, done.stderr
-    third = float(done.stdout.split("FID ")[-1].split()[0])
-    assert third == pytest.approx(first, rel=1e-3)
-
-
-class Blind:
-    """A judge whose features are the mean colours, in 2048 numbers: what is tested is the rest."""
-
-    def __init__(self, args, device):
-        pass
-
-    def embed_pixels(self, images):
-        f = torch.stack([image.float().mean((1, 2)) for image in images]).repeat(1, 683)[:, :2048]
-        return f, F.normalize(f[:, :4], dim=1)
-
-    def embed_captions(self, captions):
-        return F.normalize(torch.ones(len(captions), 4), dim=1)
-
-
-def evaluate(stage, tmp_path, *flags, images=3, captions=0):
-    """--evaluate of so many images, the first of them captioned, in a folder of its own."""
-    folder = tmp_path / f"drawn-{images}-{captions}"
-    folder.mkdir(exist_ok=True)
-    for k, image in enumerate(make_images(images, 16, torch.Generator().manual_seed(9))):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{k}.png")
-        if k < captions:
-            (folder / f"{k}.txt").write_text("a caption")
-    launch(stage, 5, ["--evaluate", str(folder), "--out", str(tmp_path / "out"), *flags])
-
-
-STATISTICS = {"other names": {"mean": np.zeros(2048), "cov": np.eye(2048)}, "no name": None,
-              "narrow": {"mu": np.zeros(64), "sigma": np.eye(64)}, "cut": {},
-              "two networks": {"mu": np.zeros(2048), "sigma": np.eye(64)},
-              "not finite": {"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}, "a table": 0}
-
-
-@pytest.mark.parametrize("kind", STATISTICS)
-def test_statistics_are_read_before_any_image(stage, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(stage(5), "StandardJudge", None)
-    held, file = STATISTICS[kind], tmp_path / "s.NPZ"
-    with open(file, "wb") as stream:
-        if kind == "a table":
-            np.save(stream, np.zeros(3))
-        elif kind == "no name":
-            np.savez(stream, np.zeros(2048))
-        else:
-            np.savez(stream, **held or {"mu": np.zeros(2048)})
-    if kind == "cut":
-        file.write_bytes(file.read_bytes()[:900])
-    with pytest.raises(SystemExit, match="s.NPZ is no .npz of statistics"):
-        evaluate(stage, tmp_path, f"--reference={file}")
-
-
-def test_every_measurement_has_its_line(stage, tmp_path, monkeypatch, capsys):
-    """One captioned image, none at all, statistics that are saved, and a distance of nearly 0."""
-    monkeypatch.setattr(stage(5), "StandardJudge", Blind)
-    with pytest.raises(SystemExit, match="nowhere/s.npz: there is no such folder"):
-        evaluate(stage, tmp_path, f"--save-statistics={tmp_path}/nowhere/s.npz")
-    evaluate(stage, tmp_path, images=1, captions=1)
-    assert "of 1 captioned images" in capsys.readouterr().out
-    evaluate(stage, tmp_path)
-    assert "3 images; --reference would give their FID, captions" in capsys.readouterr().out
-    evaluate(stage, tmp_path, f"--save-statistics={tmp_path}/s.NPZ")
-    monkeypatch.setattr(stage(5), "frechet_distance", lambda *_: -1e-9)
-    evaluate(stage, tmp_path, f"--reference={tmp_path}/s.NPZ")
-    assert "FID 0.0000 of 3 images" in capsys.readouterr().out
-    assert stage(5).parse_args(["--evaluate", "x"]).batch_size % 3 == 0      # any process count
-
-
-@pytest.fixture()
-def judge_with(stage, monkeypatch, tmp_path):
-    """judge_with(state, vocabulary): StandardJudge on these files, without its Inception."""
-    monkeypatch.setattr(stage(5), "build_inception", lambda: nn.Module())
-    torch.save({"x": torch.zeros(1)}, tmp_path / "inception.pt")
-    monkeypatch.setattr(stage(5), "load_strictly", lambda net, state, path: net)
-
-    def judge(state, vocabulary=b"#version\nh e\n"):
-        torch.save(state, tmp_path / "clip.pt")
-        (tmp_path / "bpe.gz").write_bytes(vocabulary)
-        flags = [f"--{name}={tmp_path}/{file}" for name, file in (
-            ("inception", "inception.pt"), ("clip", "clip.pt"), ("clip-vocab", "bpe.gz"))]
-        return stage(5).StandardJudge(stage(5).parse_args(flags), torch.device("cpu"))
-    return judge
-
-
-def test_side_files_that_cannot_be_meant_are_refused(judge_with, capsys):
-    state = make_clip_state(words=515)
-    judge_with(state)
-    assert "does not say with which activation" in capsys.readouterr().out
-    whole = gzip.compress(b"#version\nh e\n" * 99)
-    for wrong, vocabulary, message in (
-            (state, b"#version\nh e\nl l\n", "516 tokens, .*clip.pt has 515 rows"),
-            (state, whole[:40], "bpe.gz is no vocabulary"), (state, b"\xff\xfe", "no vocabulary"),
-            ({"epoch": 3, "state_dict": state}, None, "clip.pt holds no weights by name"),
-            (torch.zeros(3), None, "clip.pt holds no weights by name"),
-            ({"visual.conv1.weight": torch.zeros(3)}, None, "is not a CLIP"),
-            ({}, None, "holds no weights"), (make_clip_state(1280, words=515), None, "1280 is none"),
-            (make_clip_state(160, words=515), None, "width 160 is none of OpenAI's")):
-        with pytest.raises(SystemExit, match=message):
-            judge_with(wrong, *[vocabulary] if vocabulary else [])
+def test_arms_are_compared_by_the_standard_metrics(stage, chain, weights, tmp_path, monkeypatch):
+    out = shutil.copytree(chain, tmp_path / "out")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)         # in this process
+    monkeypatch.setattr(stage(5), "DRAWN", 16)
+    launch(stage, 5, ["--smoke", "--seeds", "1", "--metrics", "standard", "--weights", str(weights),
+                      "--selected", f"{out}/selected-topk-0.5.csv", "--out", str(out)])
+    with open(out / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["arm"] for row in rows] == ["full", "random 128", "selected-topk-0.5"]
+    assert all(np.isfinite(float(row[name])) for row in rows for name in stage(5).METRICS)
+    assert all(float(row["distance"]) > 1 and abs(float(row["score"])) <= 100 for row in rows)

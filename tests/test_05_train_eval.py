@@ -1,13 +1,18 @@
-"""Stage 5: the metrics against closed forms, the statistics, the choice of rows."""
+"""Stage 5: the metrics against closed forms, the statistics, the choice of rows, the comparison."""
+import csv
+import math
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from conftest import launch
+from common import collect
+from conftest import launch, write_tar
 
 
+# ---- metrics and statistics ------------------------------------------------------------------
 def test_frechet_distance_closed_forms(stage):
     rng = np.random.default_rng(0)
     distance, d = stage(5).frechet_distance, 6
@@ -23,18 +28,18 @@ def test_frechet_distance_closed_forms(stage):
     assert distance(mu1, S1, mu2, S2) == pytest.approx(distance(mu2, S2, mu1, S1))
     low = np.cov(A[:4].T)                                           # singular: 4 samples, 6 numbers
     assert distance(mu1, low, mu1, low) == pytest.approx(0, abs=1e-6)
+    mean, S = stage(5).moments(torch.tensor(A))
+    assert mean == pytest.approx(mu1) and S == pytest.approx(S1)
 
 
 def test_judge_learns_clean_pairs_and_sees_wrong_captions_and_noise(stage):
-    val, test = (stage(1).draw_toy(600, 16, 5, split) for split in ("val", "test"))
-    judge = stage(3).train_contrast(val, 200, seed=0)
-    x, captions = test.batch(range(256))[0], test.captions[:256]
+    val, test = (collect(stage(1).draw_toy(600, 16, 5, split)) for split in ("val", "test"))
+    judge = stage(2).train_contrast(val, 200, seed=0)
+    x, captions = test.batch(np.arange(256))[0], test.read("caption", np.arange(256))
     reference = stage(5).moments(judge.embed_images(x)[0])
-    real = stage(5).judge_images(judge, x, captions, reference)
-    swapped = stage(5).judge_images(judge, x, captions[7:] + captions[:7],
-                                    reference)
-    noisy = stage(5).judge_images(judge, (x + 0.4 * torch.randn(x.shape)).clamp(-1, 1), captions,
-                                  reference)
+    noisy = (x + 0.4 * torch.randn(x.shape)).clamp(-1, 1)
+    real, swapped, noisy = (stage(5).judge_images(judge, images, texts, reference) for images, texts
+                            in ((x, captions), (x, captions[7:] + captions[:7]), (noisy, captions)))
     assert real["match"] > 80 and real["distance"] == pytest.approx(0, abs=1e-4)
     assert swapped["match"] < 20 and swapped["score"] < real["score"] - 20
     assert noisy["distance"] > 0.1
@@ -44,138 +49,248 @@ def test_interval_and_verdict(stage):
     mean, half = stage(5).interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / 3 ** 0.5)
     assert stage(5).verdict(2, half, 1) == "tie" and stage(5).verdict(3, half, 1) == "wins"
-    assert stage(5).verdict(3, half, -1) == "loses"
+    assert stage(5).verdict(3, half, -1) == "loses" and stage(5).verdict(3, np.nan, 1) == ""
     assert np.isnan(stage(5).interval([1.0])[1])
 
 
-def test_arms_share_seeds_but_draw_anew(stage, chain):
-    pairs = stage(1).draw_toy(256, 16, 0, "train")
-    arm = next(arm for arm in stage(5).ARMS if "Shift" in arm.name)
-    first, second = (stage(5).choose_rows(arm, pairs, chain, seed) for seed in (0, 1))
-    assert len(first) == len(second) == 128 and set(first) != set(second)
-    assert set(first) == set(stage(5).choose_rows(arm, pairs, chain, 0))
+def test_differences_are_paired_by_seed_and_taken_to_no_smaller_baseline(stage, tmp_path):
+    """Losses that vary by 100 from seed to seed and differ by 1 in each. A $ is no formula."""
+    Arm = stage(5).Arm
+    arms = [Arm("full"), Arm("random 5", keep=5), Arm("a$b_$", file="a.csv")]
+    results = [{"arm": arm.name, "seed": seed, "pairs": pairs, "seconds": 1.0,
+                **dict.fromkeys(stage(5).METRICS, 100.0 * seed + plus), "plain": 0.5}
+               for seed in (1, 2, 3) for arm, pairs, plus in zip(arms, (10, 5, 7), (1, 0, 2))]
+    table = stage(5).tabulate(results, arms, "FLOOR").splitlines()
+    assert "over 3 paired seeds; FLOOR" in table[0]
+    assert "| a$b_$ | full | +1 ± 0 loses | +1 ± 0 loses | +1 ± 0 wins | +1 ± 0 wins |" in table
+    assert "| random 5 | 5 | 50 | 1 | 200 ± 2.5e+02 |" in "".join(table).replace("||", "|")
+    assert not any(line.startswith("| a$b_$ | random 5") for line in table)
+    stage(5).draw_results(tmp_path / "r.png", results, arms)
+    assert (tmp_path / "r.png").stat().st_size > 5000
 
 
-def test_a_selection_of_other_pairs_is_refused(stage, tmp_path):
-    (tmp_path / "other.csv").write_text("key\nnobody\n")
-    pairs = stage(1).draw_toy(256, 16, 0, "train")
-    with pytest.raises(SystemExit, match="nobody"):
-        stage(5).choose_rows(stage(5).Arm("x", file=str(tmp_path / "other.csv")), pairs, "", 0)
+# ---- arms ------------------------------------------------------------------------------------
+def write_rows(file, rows, pairs=None):
+    """A selection like stage 4's."""
+    file.parent.mkdir(exist_ok=True)
+    keys = pairs.read("key", rows) if pairs else [""] * len(rows)
+    file.write_text("".join(f"{row},{key}\n" for row, key in [("row", "key"), *zip(rows, keys)]))
+    return str(file)
 
 
-def test_arms_are_told_apart_by_name(stage):
-    arms = stage(5).ARMS
-    assert len({arm.name for arm in arms}) == len(arms) == 10
+def test_arms_choose_as_stage_4_does_and_draw_anew_for_each_seed(stage, chain):
+    pairs, arms = stage(1).open_pairs(chain / "pairs"), {arm.name: arm for arm in stage(5).ARMS}
+    assert len(arms) == len(stage(5).ARMS) == 10
 
-
-def keep_few(folder, name="selected-topk-0.5.csv", keys=range(32)):
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text("key\n" + "".join(f"train{k:06d}\n" for k in keys))
-    return folder / name
+    def choose(name, seed, pool=np.arange(256)):
+        return stage(5).choose_rows(arms[name], pool, pairs, chain, seed).tolist()
+    for rule in ("Top-K", "Shift-Gsample"):
+        file = chain / f"selected-{rule.lower().replace('-k', 'k')}-0.5.csv"
+        assert choose(f"eq. 6, {rule} 50%", 0) == stage(4).read_rows(file, pairs).tolist()
+    for name, n in (("eq. 6, Shift-Gsample 50%", 128), ("random 20%", 51)):
+        first, second, again = (choose(name, seed) for seed in (0, 1, 0))
+        assert len(first) == len(second) == n and first == again and set(first) != set(second)
+    pool = np.arange(0, 256, 3)                            # none is chosen outside
+    assert choose("full", 0, pool) == pool.tolist()
+    assert set(choose("eq. 9, Top-K 50%", 0, pool)) < set(pool.tolist())
 
 
 def test_selections_of_one_name_are_two_arms(stage, tmp_path):
-    """Same names in two folders, and names of the two baselines."""
-    pairs = stage(1).draw_toy(256, 16, 0, "train")
-    files = [keep_few(tmp_path / "A"), keep_few(tmp_path / "B", keys=range(9, 41)),
-             keep_few(tmp_path / "C", "full.csv"), keep_few(tmp_path / "C", "random 32.csv"),
-             keep_few(tmp_path / "C", "real.csv"), keep_few(tmp_path / "C", "mine.csv")]
-    args = stage(5).parse_args(["--selected", *map(str, files)])
-    arms = stage(5).list_arms(args, pairs)
+    """Same names in two folders, and names of the two baselines; one file twice is refused."""
+    pairs, pool = collect(stage(1).draw_toy(256, 16, 0, "train")), np.arange(256)
+    files = [write_rows(tmp_path / name, np.arange(k, k + 32), pairs) for k, name in enumerate(
+        ("A/topk.csv", "B/topk.csv", "C/full.csv", "C/random 32.csv", "C/real.csv", "C/mine.csv"))]
+    arms = stage(5).list_arms(stage(5).parse_args(["--selected", *files]), pairs, pool, ())
     names = [arm.name for arm in arms]
-    assert names == ["full", "random 32", *map(str, files[:-1]), "mine"]
-    assert [len(stage(5).choose_rows(arm, pairs, "", 0)) for arm in arms] == [256] + [32] * 7
-    again = stage(5).parse_args(["--selected", str(files[0]), f"{tmp_path}/B/../A/{files[0].name}"])
+    assert names[:2] == ["full", "random 32"] and names[-1] == "mine"
+    assert len(set(names) | {"real"}) == len(arms) + 1 == 9
+    chosen = [stage(5).choose_rows(arm, pool, pairs, "", 0) for arm in arms]
+    assert [len(rows) for rows in chosen] == [256] + [32] * 7
+    assert [rows[0] for rows in chosen[2:]] == list(range(6))
+    again = stage(5).parse_args(["--selected", files[0], f"{tmp_path}/B/../A/topk.csv"])
     with pytest.raises(SystemExit, match="twice"):
-        stage(5).list_arms(again, pairs)
+        stage(5).list_arms(again, pairs, pool, ())
 
 
-@pytest.mark.parametrize("content,message", [
-    ("key\n", "no line follows"), ("", "key"), ("train000001\ntrain000002\n", "columns key"),
-    ("key\ntrain000001\ntrain000001\n", "more than once, again in row 2"),
-    ("key\ntrain000001\nnobody\n", "key nobody is not among"), (None, "directory"),
-    ("key\ntrain000001\n", "fewer than --batch-size"),
-    (np.arange(0), "no .npy"), (np.arange(20.0), "no .npy"), (np.arange(250, 270), "row numbers"),
-    (np.ones(255, bool), "row numbers")])
-def test_selections_are_checked_before_anything_is_trained(
-        stage, chain, tmp_path, monkeypatch, content, message):
+TEN = "".join(f"{row}\n" for row in range(10))
+SELECTIONS = {             # what a file of row numbers of 256 pairs may not hold
+    "empty": ("", "no column row"), "no header": ("3,train000003\n4,train000004\n", "no column row"),
+    "no row": ("row,key\n", "each once at most"), "a key alone": ("key\na\n", "no column"),
+    "twice": (f"row\n{TEN}9\n", "each once at most"), "beyond": (f"row\n{TEN}256\n", "0 to 255"),
+    "negative": (f"row\n-1\n{TEN}", "0 to 255"), "none": (f"row\n{TEN}nan\n", "0 to 255"),
+    "half": (f"row\n{TEN}10.5\n", "s.csv"), "words": ("row\nfirst\n", "first"), "folder": (None, "s.csv"),
+    "few": (f"row\n{TEN}", "10 pairs are fewer than --batch-size"),
+    "short line": ("key,row\ntrain000003,3\ntrain000004\n", "s.csv"),
+    "other keys": ("row,key\n3,train000003\n5,train000006\n",
+                   "another corpus: train000006 is not the key"),
+    "utf-16": ("\ufeffrow\n1\n".encode("utf-16"), "s.csv"), "array": (np.arange(9, 40), "s.npy")}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_selections_are_checked_before_anything_is_trained(stage, chain, tmp_path, monkeypatch, name):
     """The judge would be the first to train."""
-    monkeypatch.setattr(stage(3), "train_contrast", None)
-    shutil.copy(chain / "proxy.pt", tmp_path)
+    monkeypatch.setattr(stage(2), "train_contrast", None)
+    content, message = SELECTIONS[name]
     file = tmp_path / f"s.{'npy' if isinstance(content, np.ndarray) else 'csv'}"
     if content is None:
         file.mkdir()
-    elif isinstance(content, str):
-        file.write_text(content)
-    else:
+    elif isinstance(content, np.ndarray):
         np.save(file, content)
-    good = keep_few(tmp_path)
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    good = write_rows(tmp_path / "good.csv", range(20))
     with pytest.raises(SystemExit, match=message) as stop:
-        launch(stage, 5, ["--smoke", "--out", str(tmp_path), "--selected", str(good), str(file)])
+        launch(stage, 5, ["--smoke", "--out", str(chain), "--selected", good, str(file)])
     assert "\n" not in stop.value.code
 
 
-def test_an_arm_without_its_ratings_is_left_out_with_the_command(stage, tmp_path, capsys):
-    (tmp_path / "ratings.csv").write_text("key,rating\n")
+def test_a_selection_that_is_not_there_is_one_line(stage, chain, monkeypatch):
+    monkeypatch.setattr(stage(2), "train_contrast", None)
+    with pytest.raises(SystemExit, match="^nowhere.csv is missing: 04_select.py"):
+        launch(stage, 5, ["--smoke", "--out", str(chain), "--selected", "nowhere.csv"])
+
+
+def test_an_arm_without_its_ratings_is_left_out_with_the_command(stage, chain, tmp_path, capsys):
+    for file in chain.glob("ratings-loss.*"):
+        shutil.copy(file, tmp_path / file.name.replace("-loss", ""))
     arms = [arm for arm in stage(5).ARMS if arm.keep == 0.5]
-    contrast = stage(5).Arm("contrast", "ratings", "topk", 0.5, rank_by="contrast")
-    found = stage(5).list_arms(stage(5).parse_args(["--out", str(tmp_path)]), [], [*arms, contrast])
+    contrast = stage(5).Arm("contrast", "ratings", "topk", 0.5, rank_by="rating,contrast")
+    args = stage(5).parse_args(["--out", str(tmp_path)])
+    found = stage(5).list_arms(args, None, None, [*arms, contrast])
     assert [arm.name for arm in found] == [arm.name for arm in arms if arm.ratings != "ratings-loss"]
     said = capsys.readouterr().out
     assert "no column rating (03_score.py --signal loss writes it)" in said
-    assert "no column contrast (03_score.py --baselines writes it)" in said
+    assert "no column rating,contrast (03_score.py --baselines writes it)" in said
 
 
-def test_a_dollar_in_a_name_is_no_formula(stage, tmp_path):
-    results = [{"arm": "a$b_$", "seed": 0, "held-out": 1.0, "distance": 1.0, "match": 1.0}]
-    stage(5).draw_results(tmp_path / "r.png", results, [stage(5).Arm("a$b_$")])
-    assert (tmp_path / "r.png").exists()
+# ---- the comparison --------------------------------------------------------------------------
+@pytest.fixture()
+def alone(stage, monkeypatch):
+    """Arms one after another, in this process, with 16 drawn images; no large figure."""
+    monkeypatch.setattr(stage(3), "draw_bands", lambda *_: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(stage(5), "DRAWN", 16)
 
 
-def test_the_column_key_counts_wherever_it_stands(stage, tmp_path):
-    pairs = stage(1).draw_toy(256, 16, 0, "train")
-    (tmp_path / "s.csv").write_text("\ufeffrank,key\n1,train000007\n2,train000003\n")
-    arm = stage(5).Arm("x", file=str(tmp_path / "s.csv"))
-    assert stage(5).choose_rows(arm, pairs, "", 0).tolist() == [7, 3]
+def compare(stage, out, *flags):
+    """Rows of results.csv after stage 5 has compared the files of stage 4 in `out`."""
+    files = sorted(map(str, out.glob("selected-*.csv")))
+    launch(stage, 5, ["--smoke", "--out", str(out), *flags, "--selected", *files])
+    with open(out / "results.csv", newline="") as file:
+        return [{name: value for name, value in row.items() if name != "seconds"}
+                for row in csv.DictReader(file)]
+
+
+def test_a_comparison_that_was_killed_goes_on_with_the_next_arm(
+        stage, chain, tmp_path, monkeypatch, alone, capsys):
+    """To the same numbers, a row an arm and seed; what is drawn is saved with its captions."""
+    whole, out = (shutil.copytree(chain, tmp_path / name) for name in ("whole", "out"))
+    for folder in (whole, out):
+        (folder / "selected-shift-gsample-0.5.csv").unlink()
+    expected, arms = compare(stage, whole), ["full", "random 128", "selected-topk-0.5"]
+    assert [(row["seed"], row["arm"]) for row in expected] == [(s, a) for s in "01" for a in arms]
+    assert [(row["pairs"], row["steps"]) for row in expected[:3]] == [
+        ("256", "16"), ("128", "8"), ("128", "8")]         # half the pairs, half the steps
+    assert len({row["held-out"] for row in expected}) == 6
+    calls, evaluate = [], stage(5).evaluate
+
+    def count(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+    monkeypatch.setattr(stage(5), "evaluate", count)
+    flags = ["--save-images", str(tmp_path / "im")]
+    with pytest.raises(SystemExit) as stop:
+        compare(stage, out, *flags)
+    assert stop.value.code == 130 and len((out / "results.csv").read_text().split("\n")) == 4
+    assert compare(stage, out, *flags) == expected and len(calls) == 3 + 4
+    said, table = capsys.readouterr().out, (out / "results.md").read_text()
+    assert "6 models, 64 steps" in said and table in said and not list(out.glob("*.progress"))
+    assert table.count("| selected-topk-0.5 | full |") == 1
+    test = stage(1).open_pairs(out / "pairs", "test")
+    folders = sorted(path.name for path in (tmp_path / "im").iterdir())
+    assert len(folders) == 2 * (1 + 6) and {"real", "real-captions", "random-128-seed-1"} < {*folders}
+    for folder, n in (("real", 64), ("full-seed-0", 16)):
+        pictures, texts = tmp_path / "im" / folder, tmp_path / "im" / f"{folder}-captions"
+        assert len(list(pictures.iterdir())) == n and len(list(texts.iterdir())) == n
+        assert (texts / "000005.txt").read_text() == test.read("caption", [5])[0]
+        assert np.asarray(Image.open(pictures / "000005.png")).shape == (16, 16, 3)
+    real = np.asarray(Image.open(tmp_path / "im/real/000005.png")).transpose(2, 0, 1)
+    assert (real == test.images[test.rows[5]]).all()
+
+
+def test_planted_pairs_are_in_no_arm(stage, chain, tmp_path, monkeypatch, alone, capsys):
+    """Neither in those of stage 4 nor in full and random, which stand beside them."""
+    out, shown, train = shutil.copytree(chain, tmp_path / "out"), [], stage(1).train
+    entries, rows = np.load(out / "pairs/entries.npy"), np.load(out / "pairs/train.npy")
+    entries["stratum"][rows[:100]] = b"planted-noise"
+    np.save(out / "pairs/entries.npy", entries)
+    for file in out.glob("selected*.csv"):
+        file.unlink()
+    launch(stage, 4, ["--out", str(out), "--keep", "50"])
+    monkeypatch.setattr(stage(1), "train", lambda net, pairs, *rest, **how: (
+        shown.append(pairs.rows), train(net, pairs, *rest, **how))[1])
+    compare(stage, out, "--seeds", "1")
+    assert [len(rows) for rows in shown] == [156, 50, 50]
+    assert not set(np.concatenate(shown)) & set(rows[:100])
+    said = capsys.readouterr().out
+    assert "50 of 156 pairs" in said and "100 pairs with planted dirt are left out" in said
+    assert "100 pairs with planted dirt are in no arm" in said
+
+
+def test_the_half_that_was_written_home_and_rated_is_not_compared_here(
+        stage, tmp_path, alone):
+    """Its rows are rows of its own shards; what was planted stays in neither."""
+    files = {}
+    for key, image, caption, _ in stage(1).draw_toy(600, 16, 0, "train"):
+        Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "one.png")
+        files |= {f"{key}.png": (tmp_path / "one.png").read_bytes(), f"{key}.txt": caption.encode()}
+    write_tar(tmp_path / "all.tar", files)
+    out = ["--out", str(tmp_path / "out")]
+    launch(stage, 1, ["--smoke", *out, "--data", f"{tmp_path}/all.tar", "--plant", "captions=0.2"])
+    launch(stage, 2, ["--smoke", *out])
+    launch(stage, 3, out)
+    launch(stage, 4, [*out, "--write-shards", f"{tmp_path}/half"])
+    launch(stage, 3, [*out, "--data", f"{tmp_path}/half"])
+    ratings, = (tmp_path / "out").glob("ratings-of-*half.npy")
+    launch(stage, 4, [*out, "--ratings", str(ratings)])
+    selected, = (tmp_path / "out").glob("selected-of-*.csv")
+    home = stage(1).open_pairs(tmp_path / "out/pairs")
+    half = stage(1).open_pairs(tmp_path / "out" / ratings.stem.replace("ratings", "pairs"))
+    chosen = home.read("key", stage(4).read_rows(tmp_path / "out/selected-topk-0.5.csv", home))
+    assert half.read("key") == chosen and set(half.strata()) == {""}
+    with pytest.raises(SystemExit, match="chooses among pairs-of-.*half, and stage 5 compares"):
+        launch(stage, 5, ["--smoke", *out, "--selected", str(selected)])
+    selected.unlink()
+    assert [row["pairs"] for row in compare(stage, tmp_path / "out", "--seeds", "1")][1:] == [
+        str(len(chosen))] * 2                              # the first half itself is compared
+
+
+def test_work_side_by_side_comes_in_order(stage):
+    """By two processes, and by none."""
+    numbers = [float(k) for k in range(20)]
+    for cores in (1, 2):
+        found = stage(5).run_side_by_side(math.sqrt, numbers, cores)
+        assert list(found) == [math.sqrt(k) for k in numbers]
 
 
 @pytest.mark.slow
-def test_each_ratings_file_is_read_once(stage, chain, tmp_path, monkeypatch, capsys):
-    """By 10 arms under two seeds; and the cost of the comparison is said before it."""
-    read, files = stage(4).np.loadtxt, []
-    for name in ("proxy.pt", "ratings.csv", "ratings-loss.csv"):
-        shutil.copy(chain / name, tmp_path)
-    monkeypatch.setattr(stage(4).np, "loadtxt", lambda file, *args, **kwargs: (
-        files.append(file.name), read(file, *args, **kwargs))[1])
-    monkeypatch.setattr(stage(1).Progress, "tell_every", 0)
-    launch(stage, 5, ["--smoke", "--out", str(tmp_path)])
-    assert sorted(files) == [str(tmp_path / f"ratings{end}.csv") for end in ("-loss", "")]
-    before, after = capsys.readouterr().out.split("real images", 1)
-    assert "20 models, 136 steps in all, about 0 minutes" in before and "fewer --seeds" in before
-    assert "step 1 of 136   " in after and "pairs a second" in after and "left" in after
+def test_arms_side_by_side_give_the_numbers_of_arms_in_turn(stage, chain, tmp_path, monkeypatch):
+    found = []
+    for cores in (1, 2):
+        out = shutil.copytree(chain, tmp_path / str(cores))
+        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
+        found.append(compare(stage, out, "--seeds", "1"))
+    assert found[0] == found[1] and len(found[0]) == 4
 
 
 def test_what_is_typed_beside_smoke_counts(stage):
-    for number, flags in ((1, ["--steps", "60"]), (2, ["--group-size", "4"]), (5, ["--seeds", "1"])):
+    for number, flags in ((1, ["--steps", "60"]), (2, ["--tau", "0.5"]), (5, ["--seeds", "1"])):
         usual, smoke = stage(number).parse_args([]), stage(number).parse_args(["--smoke"])
         typed = stage(number).parse_args([*flags, "--smoke"])
-        name = flags[0][2:].replace("-", "_")
-        assert getattr(typed, name) == int(flags[1]) != getattr(smoke, name)
+        name = flags[0][2:]
+        assert getattr(typed, name) == float(flags[1]) != getattr(smoke, name)
         assert {k: v for k, v in vars(typed).items() if k != name} == {
             k: v for k, v in vars(smoke).items() if k != name}
         assert typed.batch_size == 16 != usual.batch_size
-
-
-@pytest.mark.parametrize("flags", ["--seed -1", "--seed 1.5", "--seed 99999999999999999999",
-                                   "--reference x", "--save-statistics x.npz",
-                                   "--evaluate x --save-statistics x"])
-def test_options_that_cannot_be_meant_are_refused(stage, capsys, flags):
-    with pytest.raises(SystemExit) as stop:
-        stage(5).parse_args(flags.split())
-    assert stop.value.code == 2 and flags.split()[-2] in capsys.readouterr().err
-
-
-def test_a_selection_that_is_not_there_is_one_line_before_anything_else(stage, chain, capsys):
-    with pytest.raises(SystemExit, match="^nowhere.csv is missing: 04_select.py"):
-        launch(stage, 5, ["--smoke", "--out", str(chain), "--selected", "nowhere.csv"])
-    assert "carries no record" not in capsys.readouterr().out

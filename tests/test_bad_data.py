@@ -3,6 +3,7 @@
 The kinds stand in tables: KINDS (a picture with its caption each), LAYOUTS (files that make pairs,
 as a folder and as a tar), TABLES (what a table says) and HOPELESS (places without a pair).
 """
+import csv
 import io
 import json
 import os
@@ -151,11 +152,12 @@ def test_kinds_of_broken_pairs(stage, tmp_path, place):
 def test_what_only_a_tar_can_do_wrong(stage, tmp_path, capsys):
     """Unsafe names, links, a key that comes again, a cut tar, HTML, nothing: read by all cores,
     ratings in the end belong to their keys."""
-    write_tar(tmp_path / "d/a.tar" if (tmp_path / "d").mkdir() else tmp_path / "d/a.tar",
-              files_of_kinds())
+    write(tmp_path / "d", {"f.tar.gz": b"", "loose.png": RED})
+    write_tar(tmp_path / "d/a.tar", files_of_kinds())
+    names = ("/absolute", "../above", "a/../../b", "bell\a", "c:x", ".hidden", "._mac", "good",
+             "last")
     with tarfile.open(write_tar(tmp_path / "d/b.tar", {
-            f"{name}.{kind}": data for name in ("/absolute", "../above", "a/../../b", "bell\a", "c:x",
-                                                ".hidden", "._mac", "good", "last")
+            f"{name}.{kind}": data for name in names
             for kind, data in (("png", RED), ("txt", b"x"))}), "a") as tar:
         for kind, link in ((tarfile.SYMTYPE, "/etc/passwd"), (tarfile.LNKTYPE, "good.png")):
             member = tarfile.TarInfo("link.png")
@@ -163,24 +165,21 @@ def test_what_only_a_tar_can_do_wrong(stage, tmp_path, capsys):
             tar.addfile(member)
     cut = (tmp_path / "d/b.tar").read_bytes().replace(b"last.", b"lost.")
     write(tmp_path / "d", {"c.tar": cut[:cut.index(b"lost.png") + 530], "d.tar": b"<html>no</html>",
-                           "e.tar": b"", "f.tar.gz": b"", "loose.png": RED})
+                           "e.tar": b""})
     write_pictures(stage, tmp_path / "trusted", 60)
-    flags = ["--data", tmp_path / "d", "--val", tmp_path / "trusted", "--batch-size", "8"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage(1), "LEAST", {"train": 8, "val": 8, "test": 8})
-        pairs = prepare(stage, tmp_path / "out", *flags)["train"]
-        said = capsys.readouterr().out
-        for number, extra in ((1, list(map(str, flags))), (2, ["--batch-size", "8"]), (3, [])):
-            launch(stage, number, ["--out", str(tmp_path / "out"), *["--smoke"] * (number < 3), *extra])
+    flags = [f"--data={tmp_path}/d", f"--val={tmp_path}/trusted", "--smoke", "--batch-size=8"]
+    pairs = prepare(stage, tmp_path / "out", *flags)["train"]
+    said = capsys.readouterr().out
+    for number, extra in ((1, flags), (2, flags[2:]), (3, [])):
+        launch(stage, number, ["--out", str(tmp_path / "out"), *extra])
     kept = [key for key, kind in KINDS.items() if isinstance(kind[3], tuple)]
     assert pairs.read("key") == kept + ["last"]
     for reason, number in (("hidden file or unsafe name", 28), ("link or device in a tar", 2),
-                           (LOSSY, 2), ("comes twice", 1)):
+                           (LOSSY, 2), ("comes twice", 2)):
         assert f"skipped {number} ({reason})" in said, said
     assert said.count("damaged, cut or compressed tar") == 3, said
-    table = np.genfromtxt(tmp_path / "out/ratings.csv", str, delimiter="\t", skip_header=1)
-    assert [line.split(",", 1)[0] for line in table] == [str(k) for k in range(len(kept) + 1)]
-    assert np.load(tmp_path / "out/ratings.npy").shape == (len(kept) + 1,)
+    with open(tmp_path / "out/ratings.csv", encoding="utf-8", newline="") as file:
+        assert [line["key"] for line in csv.DictReader(file)] == kept + ["last"]
 
 
 FORMATS = {"avif": "AVIF", "bmp": "BMP", "gif": "GIF", "tif": "TIFF", "tiff": "TIFF",
@@ -252,7 +251,6 @@ def test_places(stage, tmp_path, monkeypatch):
     (data / "gone.png").symlink_to(data / "nowhere.png")
     (data / "again").symlink_to(data, target_is_directory=True)
     assert set(read(stage, data)[0]) == {"cats/0", "dogs/0"}
-    assert set(read(stage, data / "[cd]*s")[0]) == set()               # [2023] is a pattern, too
     monkeypatch.chdir(tmp_path)
     assert set(read(stage, "photos ?2023?/[cd]*s")[0]) == {"cats/0", "dogs/0"}
     assert len(read(stage, "photos ?2023?/c*")[0]) == 1
@@ -275,13 +273,14 @@ def test_a_tar_is_read_to_its_end_or_the_rest_is_said(stage, tmp_path):
 
     def after(data):
         found, skipped = read(stage, write(tmp_path, {"0.tar": data}) / "0.tar")
-        return len(found), [reason.partition("tar: ")[2] for reason, _ in skipped if reason.startswith(
-            "damaged, cut or compressed tar: ")]
+        return len(found), [reason.partition("tar: ")[2] for reason, _ in skipped
+                            if reason.startswith("damaged, cut or compressed tar: ")]
     for number in (0, 1, 9, 39):
         at = number * 1024
         assert after(whole[:at] + b"?" + whole[at + 1:]) == (
             number // 2, [f"{51200 - at} of 51200 bytes not read"])
-    assert after(whole[:10240] + bytes(len(whole) - 10240)) == (5, []) or True
+    zeros = bytes(len(whole) - 10240)
+    assert after(whole[:10240] + zeros) == (5, ["40960 of 51200 bytes not read"])
     assert after(whole + whole)[1] and after(whole[:40960] + b"x" * 1024)[1]
     assert after(whole[:40960])[0] == 20 and after(whole[:40960])[1]          # no end mark
     found, said = after(whole[:40960 - 1024 + 300])                           # within 19.txt
@@ -372,7 +371,7 @@ def test_two_tables_are_grouped_by_name(stage, tmp_path):
     write(tmp_path, pairs_of("0") | {"a.csv": b"file_name,text\n0.jpg,y", "b.jsonl": b""})
     assert read(stage, tmp_path)[0] == {"0": (REDS, "x")}
     write(tmp_path / "e", pairs_of("0") | {"log.csv": b"step,loss\n1,2\n"})
-    assert read(stage, tmp_path / "e")[0] == {"0": (REDS, "x")}                 # no row of it is one
+    assert read(stage, tmp_path / "e")[0] == {"0": (REDS, "x")}               # no row of it is one
 
 
 # files; words of the one line that says what was found and what to do

@@ -1,9 +1,10 @@
-"""What only a CUDA GPU shows; skipped without one. No GPU has run it yet (README, "Not tested").
+"""What only a CUDA GPU shows; skipped without one.
 
     python -m pytest -q tests/test_gpu.py
 """
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -11,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import GPU_ALONE, GPUS, launch, run
+from common import collect
+from conftest import GPU_ALONE, GPUS, TORCHRUN, launch, run
 
 DEVICE = torch.device("cuda")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or hidden from this run")
-NNODES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--")
 
 
 @pytest.mark.skipif(GPU_ALONE or not shutil.which("nvidia-smi"), reason="no GPU, or at work")
@@ -32,139 +33,135 @@ def nets(stage):
     def make(device):
         torch.manual_seed(0)
         found = {name: stage(1).DiT(16, 4, 64, 2, 8) for name in ("proxy", "ref")}
-        for name in ("proxy", "ref"):
-            for p in found[name].parameters():
+        for net in found.values():
+            for p in net.parameters():
                 torch.nn.init.normal_(p, std=0.05)
         found["rater"] = stage(2).Rater(16, 4, 8, 16, 1)
         return {name: net.to(device) for name, net in found.items()}
     yield make
-    stage(1).Machine.bf16 = stage(1).Machine.compiled = False
     torch.set_float32_matmul_precision("highest")
 
 
-def batch_of(stage, split, device, n=64):
-    """x, c, t, eps of n toy pairs, drawn on the CPU."""
-    x, c = stage(1).draw_toy(n, 16, 0, split).batch(range(n))
-    noise = stage(1).draw_noise(x, stage(1).seeded("cpu", 1))
-    return [v.to(device) for v in (x, c, *noise)]
+@pytest.fixture(autouse=True)
+def same_noise(stage, monkeypatch):
+    """Random numbers of the CPU on every device."""
+    drawn = {name: getattr(stage(1), name) for name in ("draw_noise", "drop_captions")}
+    monkeypatch.setattr(stage(1), "draw_noise", lambda x, rng, shift=0.0: [
+        v.to(x.device) for v in drawn["draw_noise"](x.cpu(), on_cpu(rng), shift)])
+    monkeypatch.setattr(stage(1), "drop_captions", lambda c, rng: drawn["drop_captions"](
+        c.cpu(), on_cpu(rng)).to(c.device))
+
+
+def on_cpu(rng):
+    return torch.Generator().manual_seed(rng.initial_seed())
+
+
+def draw_pairs(stage, split, device, n=64):
+    return stage(1).replace(collect(stage(1).draw_toy(n, 16, 0, split)), device=device)
 
 
 @on_gpu
 @pytest.mark.parametrize("precision,tolerance", [("highest", 1e-3), ("high", 2e-2)])
-def test_a_step_of_01_and_05(stage, nets, precision, tolerance):
+def test_a_step_of_every_stage(stage, nets, precision, tolerance):
+    """Steps of 01 and 02, scores of 03 and numbers of 05 are those of the CPU, to rounding."""
     torch.set_float32_matmul_precision(precision)
-    found = []
-    for device in ("cpu", DEVICE):
-        net, (x, *rest) = nets(device)["proxy"], batch_of(stage, "train", device)
-        L, norm = stage(1).descend_flow(net, torch.optim.SGD(net.parameters(), 0.1),
-                                        x.new_full((len(x),), 1 / len(x)), x, *rest)
-        found.append([L.cpu(), norm.cpu(), *(p.detach().cpu() for p in net.parameters())])
-    for a, b in zip(*found):
-        assert (a - b).abs().max() < tolerance * a.abs().max().clamp_min(0.1)
-
-
-@on_gpu
-def test_a_step_of_02_and_scores_of_03(stage, nets, monkeypatch):
-    args, numbers, ratings = stage(2).parse_args([]), [], []
-    draw = stage(1).draw_noise
-    monkeypatch.setattr(stage(1), "draw_noise", lambda x, rng, shift=0.0: [
-        v.to(x.device) for v in draw(x.cpu(), rng, shift)])
+    torch.backends.cudnn.allow_tf32 = precision == "high"
+    args, found = stage(2).parse_args([]), []
     for device in ("cpu", DEVICE):
         made = nets(device)
         opts = {name: torch.optim.SGD(net.parameters(), 0.1) for name, net in made.items()}
-        batches = [batch_of(stage, split, device)[:2] for split in ("train", "val")]
-        numbers.append(stage(2).meta_step(made, opts, *batches, stage(1).seeded("cpu", 0),
-                                          args).cpu())
-        pairs = stage(1).draw_toy(600, 16, 0, "train").to(device)
-        companions = stage(3).draw_companions(made["rater"], 32, pairs, 0)
-        ratings.append(stage(3).score_chunk(made, pairs, companions, 0, 0).cpu())
-    assert torch.allclose(*numbers, rtol=1e-2, atol=1e-3)
-    assert torch.allclose(*ratings, atol=1e-3)
-
-
-@on_gpu
-def test_the_judge_of_05(stage):
-    pairs, found = stage(1).draw_toy(200, 16, 0, "test"), []
-    torch.backends.cudnn.allow_tf32 = False
-    for device in ("cpu", DEVICE):
+        train, val, test = (draw_pairs(stage, split, device, 200)
+                            for split in ("train", "val", "test"))
+        x, c = train.batch()
+        t, eps = stage(1).draw_noise(x, stage(1).seeded(device, 1))
+        loss = stage(1).flow_loss(made["proxy"], x, c, t, eps).mean()
+        norm = stage(1).descend(loss, made["proxy"], opts["proxy"])
+        numbers = stage(2).meta_step(made, opts, train.batch(np.arange(64)),
+                                     val.batch(np.arange(64)), stage(1).seeded(device, 0), args)
+        companions = stage(3).draw_companions(made["rater"], 32, train, 0)
         torch.manual_seed(0)
-        judge = stage(3).Contrast(16, 8).to(device).requires_grad_(False)
-        x = pairs.to(device).batch(range(200))[0]
-        reference = stage(5).moments(judge.embed_images(x.flip(0)[:150])[0])
-        found.append(stage(5).judge_images(judge, x, pairs.captions, reference))
-    assert found[0] == pytest.approx(found[1], rel=1e-2, abs=1e-2)
+        made["contrast"] = stage(2).Contrast(16, 8).to(device).requires_grad_(False)
+        scores = stage(3).score_chunk(made, x, c, companions, stage(1).seeded(device, 2))
+        x, _ = test.batch()
+        reference = stage(5).moments(made["contrast"].embed_images(x.flip(0)[:150])[0])
+        judged = stage(5).judge_images(made["contrast"], x, test.read("caption"), reference)
+        drawn = stage(1).sample(made["proxy"], c, eps, 4)
+        found.append([v.detach().cpu().double() for v in (
+            loss, norm, torch.stack(numbers), scores, drawn, torch.tensor([*judged.values()]),
+            *made["proxy"].parameters())])
+    for one, two in zip(*found):
+        assert (one - two).abs().max() < tolerance * one.abs().max().clamp_min(0.1)
 
 
 @on_gpu
 def test_bf16_keeps_the_order_of_the_gaps(stage, nets):
-    made, batch, gaps = nets(DEVICE), batch_of(stage, "train", DEVICE, 512), []
-    for stage(1).Machine.bf16 in (False, True):
-        with torch.no_grad():
-            L_theta, L_hat = (stage(1).flow_loss(made[name], *batch) for name in ("proxy", "ref"))
-        assert L_theta.dtype == torch.float32
-        gaps.append((L_theta - L_hat).cpu().numpy().argsort().argsort())
+    """It is on by itself, unless --fp32 was asked for; losses and gradients are float32."""
+    made, gaps = nets(DEVICE), []
+    x, c = draw_pairs(stage, "train", DEVICE, 512).batch()
+    noise = stage(1).draw_noise(x, stage(1).seeded(DEVICE, 1))
+    for flags in (["--fp32"], []):
+        built = stage(1).build_proxy(stage(1).parse_args(flags), DEVICE)
+        assert built.bf16 == (not flags and torch.cuda.get_device_capability()[0] >= 8)
+        for net in (made["proxy"], made["ref"]):
+            net.bf16 = not flags
+        L_theta, L_hat = (stage(1).flow_loss(made[name], x, c, *noise) for name in ("proxy", "ref"))
+        L_theta.sum().backward()
+        assert {L_theta.dtype, made["proxy"].word.weight.grad.dtype} == {torch.float32}
+        gaps.append((L_theta - L_hat).detach().cpu().numpy().argsort().argsort())
     assert np.corrcoef(*gaps)[0, 1] > 0.99 and (gaps[0] != gaps[1]).any()
 
 
 @on_gpu
-def test_no_step_waits_for_the_device(stage, nets):
-    """Between two fetches nothing is copied back; a copy that waits is an error here."""
-    pairs, net = stage(1).draw_toy(256, 16, 0, "train").to(DEVICE), nets(DEVICE)["proxy"]
-    progress, stage(1).Machine.fetch_every = stage(1).Progress(), 1000
+def test_no_step_waits_for_the_device(stage, nets, monkeypatch):
+    """Between two looks nothing is copied back; a copy that waits is an error here."""
+    monkeypatch.undo()                                     # the noise of the GPU itself
+    pairs, net = draw_pairs(stage, "train", DEVICE, 256), nets(DEVICE)["proxy"]
     stage(1).train(net, pairs, 2, 64, 1e-3, 0)
+    batch, calls = stage(1).draw_batches, []
+
+    def watched(*args):
+        for rows in batch(*args):
+            calls.append(rows)
+            torch.cuda.set_sync_debug_mode("error" if 2 < len(calls) < 9 else "default")
+            yield rows
+    monkeypatch.setattr(stage(1), "draw_batches", watched)
+    progress = stage(1).Progress()
     try:
-        stage(1).train(net, pairs, 6, 64, 1e-3, 0, progress=progress, after=lambda step:
-                       torch.cuda.set_sync_debug_mode("error" if step in (2, 3, 4) else "default"))
+        stage(1).train(net, pairs, 9, 64, 1e-3, 0, progress=progress)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        stage(1).Machine.fetch_every, stage(1).Progress.running = 1, False
-    assert len(progress.log) == 6
+    assert len(progress.log) == 9
 
 
 @on_gpu
 def test_a_run_that_was_stopped_continues(stage, tmp_path, monkeypatch):
-    """01 to 1e-3; its snapshots lie in the CPU's memory."""
-    step_down, calls, losses = stage(1).step_down, [], []
+    """01 to 1e-3; one that was made in bf16 continues as it began."""
+    monkeypatch.setattr(stage(1), "SAVE_EVERY", 0)
+    descend, calls, losses = stage(1).descend, [], []
+
+    def stopping(*args):
+        calls.append(0)
+        if len(calls) == 15:
+            os.kill(os.getpid(), signal.SIGINT)
+        return descend(*args)
     for name in ("whole", "broken"):
-        flags = ["--smoke", "--precision", "fp32", "--out", str(tmp_path / name)]
+        flags = ["--smoke", "--steps", "25", "--out", str(tmp_path / name)]
         if name == "broken":
-            def stopping(net, opt):
-                calls.append(0)
-                stage(1).Progress.stop = 15 * (len(calls) == 5)
-                return step_down(net, opt)
-            with monkeypatch.context() as patch, pytest.raises(SystemExit):
-                patch.setattr(stage(1), "step_down", stopping)
+            with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+                patch.setattr(stage(1), "descend", stopping)
                 launch(stage, 1, flags)
-            kept = torch.load(tmp_path / name / "proxy.progress", weights_only=True)
-            assert kept["step"] == 5 and {v.device.type for one in kept["kept"].values()
-                                          for v in one.values()} == {"cpu"}
-            stage(1).Progress.stop, stage(1).Progress.running = 0, False
+            assert stop.value.code == 130 and (tmp_path / "broken/proxy.progress").exists()
         launch(stage, 1, flags)
         losses.append(np.loadtxt(tmp_path / name / "proxy.csv", delimiter=",", skiprows=1)[:, 1])
     assert np.allclose(*losses, rtol=1e-3)
 
 
 @on_gpu
-def test_compiled_blocks(stage):
-    """Forward and backward to bf16's rounding, for two networks and both sizes of batch."""
-    settings, found = stage(1).parse_args(["--width", "64", "--depth", "2"]), []
-    for stage(1).Machine.compiled in (False, True):
-        torch.manual_seed(0)
-        net = stage(1).build_proxy(settings, DEVICE)
-        for p in net.parameters():
-            torch.nn.init.normal_(p, std=0.05)
-        L = stage(1).flow_loss(net, *batch_of(stage, "train", DEVICE))
-        L.mean().backward()
-        found.append([L.detach(), net.word.weight.grad])
-    assert all(torch.allclose(*pair, rtol=2e-2, atol=1e-3) for pair in zip(*found))
-    stage(1).Machine.compiled = False
-
-
-@on_gpu
-@pytest.mark.parametrize("file", ["01_proxy.py", "02_meta_rater.py", "03_score.py --baselines",
-                                  "05_train_eval.py --seeds 1"])
-def test_stages_under_torchrun(tmp_path_factory, file):
+@pytest.mark.parametrize("command", ["01_proxy.py --smoke", "02_meta_rater.py --smoke",
+                                     "03_score.py --baselines", "04_select.py",
+                                     "05_train_eval.py --smoke --seeds 1"])
+def test_stages_under_torchrun(tmp_path_factory, command):
     """A group of NCCL and gloo, of one process; every stage on what those before it left."""
-    out = tmp_path_factory.getbasetemp() / "nccl"
-    done = run(f"{file} --smoke --out {out}", NNODES)
+    launcher = [word.replace("2", "1") for word in TORCHRUN]
+    done = run(f"{command} --out {tmp_path_factory.getbasetemp() / 'nccl'}", launcher)
     assert done.returncode == 0, done.stdout + done.stderr
