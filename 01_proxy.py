@@ -804,7 +804,7 @@ def decode_pair(files, size):
         caption = next((text for text in captions if text.lower() not in NO_CAPTION), None)
         stratum = " ".join(clean(record.get("stratum")) for record in records).strip()
         if not caption:
-            fields = ", ".join(sorted({*sum(map(list, records), [])} - {*CAPTION_NAMES}))
+            fields = ", ".join(sorted(set().union(*records) - set(CAPTION_NAMES)))
             return "no caption beside it" + f", but {fields[:80]}" * bool(fields)
         return decode_image(files[images[0]](), size), caption, stratum
     except UnicodeDecodeError:

@@ -19,8 +19,8 @@ seeds; figures into --out. AUC = P(an informative pair is rated above one of the
 import argparse
 import copy
 import functools
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +29,9 @@ from matplotlib import pyplot as plt
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import STAGES, RULES, areas, cell, print_table, ruled, spearman, warm_up  # noqa: E402
+from common import (CPU, RULES, areas, cell, collect, open_judge, print_table, ruled, s1, s2, s3,
+                    s4, s5, spearman, start_nets, train_arm, warm_up)
 
-s1, s2, s3, s4, s5 = STAGES
 OTHERS = ("chaotic-caption", "chaotic-noise", "plain")     # the strata in the order of the tables
 LEVELS = (0.4, 0.6, 0.8, 0.95)                             # t of the loss that is looked at
 
@@ -144,9 +143,10 @@ def part_by_adamw(nets, pairs, val, seed, args, after):
     """Eq. 5 with W_i = 1 / B: `proxy` on validation and training pairs, `ref` on training pairs,
     `alone` on validation pairs only. The settings are those of stage 2, the rater is left out."""
     opts = {name: s1.adamw(net, args.lr) for name, net in nets.items()}
-    batches = (s1.stream(split, s1.draw_batches(
-        len(split), args.batch_size, seed, 0, max(APART))) for split in (pairs, val))
-    for k, ((_, x, c), (_, x_val, c_val)) in enumerate(zip(*batches), 1):
+    batches = (s1.draw_batches(len(split), args.batch_size, seed, 0, max(APART))
+               for split in (pairs, val))
+    for k, both in enumerate(zip(*batches), 1):
+        (x, c), (x_val, c_val) = (split.batch(rows) for split, rows in zip((pairs, val), both))
         rng = s1.seeded("cpu", seed, "part", k)
         train = x, c, *s1.draw_noise(x, rng, s1.T_SHIFT)
         trusted = x_val, c_val, *s1.draw_noise(x_val, rng)
@@ -158,7 +158,7 @@ def part_by_adamw(nets, pairs, val, seed, args, after):
 
 def choose_pairs(pairs, seed):
     """x, c, eps and strata of up to PER_STRATUM pairs of every stratum."""
-    strata = np.array(pairs.strata)
+    strata = pairs.strata()
     rows = np.concatenate([np.flatnonzero(strata == name)[:PER_STRATUM]
                            for name in s1.STRATA])
     x, c = pairs.batch(rows)
@@ -183,7 +183,7 @@ def compare_inner_products(proxy, val, x, c, eps, strata, seed):
 
     By forward mode, every pair's derivative along g_val of all validation pairs in one pass.
     """
-    x_val, c_val = val.batch(np.arange(len(val)))
+    x_val, c_val = val.batch()
     noise = s1.draw_noise(x_val, s1.seeded("cpu", seed, "g_val"))
     params = {name: p.detach() for name, p in proxy.named_parameters()}
     loss = s1.flow_loss(proxy, x_val, c_val, *noise).mean()
@@ -203,7 +203,7 @@ def compare_inner_products(proxy, val, x, c, eps, strata, seed):
 def train_on_trusted(val, seed, smoke):
     """RHO-LOSS's own holdout model: from scratch on validation pairs, with stage 1's settings."""
     settings = warm_up(seed, smoke)[0]
-    net = s1.build_proxy(settings, "cpu")
+    net = s1.build_proxy(settings, CPU)
     return s1.train(net, val, settings.steps, settings.batch_size, settings.lr, seed)
 
 
@@ -288,7 +288,7 @@ def draw_distance(path, curves, inner):
     axes[0].set_ylabel("AUC of one draw (0.5 = chance)", fontsize=13)
     axes[0].legend(fontsize=12, frameon=False)
     figure.tight_layout()
-    s1.save_figure(figure, path)
+    s3.save_figure(figure, path)
 
 
 # ---- validation: what the trusted pairs may be -----------------------------------------------
@@ -301,31 +301,26 @@ TRUSTED = {                # pairs, share of plain ones, share of wrong captions
 
 def spoil(val, settings, count, plain, wrong):
     """The first `count` validation pairs, some replaced, over and over up to the length of val."""
-    pool = s1.draw_toy(8 * len(val), settings.size, settings.seed + 1000, "train",
-                       settings.words)
-    strata, images, tokens = np.array(pool.strata), val.images.clone(), val.tokens.clone()
-    count, first = min(count, len(val)), 0
+    pool = collect(s1.draw_toy(8 * len(val), settings.size, settings.seed + 1000, "train"))
+    images, tokens, first = val.images.copy(), val.tokens.copy(), 0
+    count = min(count, len(val))
     for stratum, share in (("plain", plain), ("chaotic-caption", wrong)):
-        rows = np.flatnonzero(strata == stratum)[:round(share * count)]
+        rows = np.flatnonzero(pool.strata() == stratum)[:round(share * count)]
         places = slice(first, first + len(rows))
         images[places], tokens[places] = pool.images[rows], pool.tokens[rows]
         first += len(rows)
-    rows = np.resize(np.arange(count), len(val))
-    return s1.Pairs(images[rows], tokens[rows], val.keys, val.captions, val.strata)
+    return replace(val, images=images, tokens=tokens, rows=np.resize(np.arange(count), len(val)))
 
 
 @functools.lru_cache(maxsize=None)
 def rate(seed, smoke, signal="difference", trusted=next(iter(TRUSTED))):
     """Logits (N,) of the training pairs after stage 2, with these validation pairs."""
     settings, (pairs, val, _), proxy = warm_up(seed, smoke)
-    args = s2.parse_args(["--seed", str(seed), "--signal", signal] + ["--smoke"] * smoke)
-    torch.manual_seed(seed)
-    nets = {"proxy": copy.deepcopy(proxy), "ref": copy.deepcopy(proxy),
-            "rater": s2.Rater(settings.size, settings.patch, settings.words)}
-    s2.learn(nets, pairs, spoil(val, settings, *TRUSTED[trusted]), args,
-             pairs.batch(np.arange(8)), s1.Progress())
+    args, nets = s2.parse_args(["--signal", signal] + ["--smoke"] * smoke), start_nets(
+        settings, proxy.state_dict())
+    s2.learn(nets, pairs, spoil(val, settings, *TRUSTED[trusted]), args, seed, s1.Progress())
     with torch.no_grad():
-        return nets["rater"].logits(nets["rater"].features(*pairs.batch(np.arange(len(pairs)))))
+        return nets["rater"].logits(nets["rater"].features(*pairs.batch())).numpy()
 
 
 def validation(args):
@@ -334,8 +329,8 @@ def validation(args):
     for name in TRUSTED:
         numbers, deciles = [], []
         for seed in range(args.seeds):
-            strata = np.array(warm_up(seed, args.smoke)[1][0].strata)
-            rating = rate(seed, args.smoke, trusted=name).numpy()
+            strata = warm_up(seed, args.smoke)[1][0].strata()
+            rating = rate(seed, args.smoke, trusted=name)
             good = strata[np.argsort(-rating)] == "informative"
             numbers.append([*areas(rating, strata, OTHERS), 100 * good[:len(good) // 2].mean()])
             deciles.append([100 * part.mean() for part in np.array_split(good, 10)])
@@ -376,8 +371,8 @@ def count_combinations(captions):
 def describe_rows(pairs, rows, seed):
     """Purity; combinations present and effective number among the informative pairs selected;
     effective number of as many informative pairs drawn at random: what the count alone allows."""
-    strata, captions = np.array(pairs.strata), np.array(pairs.captions)
-    informative = np.flatnonzero(strata == "informative")
+    captions = np.array(pairs.read("caption"))
+    informative = np.flatnonzero(pairs.strata() == "informative")
     good = np.intersect1d(rows, informative)
     alike = np.random.default_rng(seed).choice(informative, len(good), replace=False)
     return (len(good) / len(rows), *count_combinations(captions[good]),
@@ -386,24 +381,15 @@ def describe_rows(pairs, rows, seed):
 
 def measure_selections(seed, args):
     """Per selection: the four numbers of describe_rows, held-out loss and match of one model."""
-    settings, (pairs, val, test), _ = warm_up(seed, args.smoke)
+    settings, (pairs, _, test), _ = warm_up(seed, args.smoke)
     flags = s5.parse_args(["--smoke"] * args.smoke)
-    judge = s3.train_contrast(
-        test, 20 if flags.smoke else s3.CONTRAST_STEPS, seed)
-    reference = s5.moments(judge.embed_images(test.batch(np.arange(
-        min(s5.DRAWN, len(test))))[0])[0])
-    found, file = [], Path(args.out) / "selection.npy"
+    judged, found = open_judge(settings, test), []
     for label, _, arm in list_selections():
-        rating = (rate(seed, args.smoke, SIGNALS[label]).numpy() if label
-                  else np.zeros(len(pairs)))
+        rating = rate(seed, args.smoke, SIGNALS[label]) if label else np.zeros(len(pairs))
         rows, _ = s4.select(rating, arm.method, arm.keep, seed=seed, **arm.settings)
-        np.save(file, rows)
-        result, _ = s5.run_arm(s5.Arm(arm.name, file=str(file)), seed, flags,
-                               settings, pairs, test, judge, reference,
-                               s1.Progress())
+        result = train_arm(settings, pairs, test, judged, arm.name, rows, seed, flags)
         found.append([*describe_rows(pairs, rows, seed), result["held-out"], result["match"]])
         s1.print0(f"seed {seed}  {arm.name:28}", *(f"{v:.3f}" for v in found[-1]))
-    file.unlink()
     return found
 
 
@@ -440,21 +426,25 @@ def draw_diversity(path, found):
                   bbox_to_anchor=(0.5, 0.97), frameon=False)
     figure.tight_layout()
     figure.colorbar(marks, ax=axes, label="match of the trained model, %", pad=0.01)
-    s1.save_figure(figure, path)
+    s3.save_figure(figure, path)
 
 
 QUESTIONS = {"exact": exact, "distance": distance, "validation": validation,
              "diversity": diversity}
 
 
-if __name__ == "__main__":
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("questions", nargs="+", choices=QUESTIONS)
     parser.add_argument("--seeds", type=int, default=3, help="repetitions of everything")
     parser.add_argument("--out", default="out", help="folder of the figures")
     parser.add_argument("--smoke", action="store_true", help="tiny run, to see that it works")
-    arguments = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    Path(arguments.out).mkdir(parents=True, exist_ok=True)
-    for question in arguments.questions:
-        QUESTIONS[question](arguments)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for question in args.questions:
+        QUESTIONS[question](args)
+
+
+if __name__ == "__main__":
+    main()

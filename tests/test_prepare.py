@@ -1,0 +1,355 @@
+"""Pairs are prepared once: what is made anew and why, kills and full disks at any moment, readers
+side by side, splits, planted dirt, and a chain that no longer needs its files."""
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from common import collect
+from conftest import ROOT, encode, launch, prepare, write, write_pictures, write_tar
+
+PLANT = "captions=0.2,noise=0.1,plain=0.05"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_mapped_pairs_are_those_in_memory(stage, tmp_path):
+    """Pictures, words, keys, captions and strata, and those of a part of a part."""
+    s1 = stage(1)
+    mapped = prepare(stage, tmp_path, "--smoke")
+    for split, n in s1.SMOKE_PAIRS.items():
+        memory = collect(s1.draw_toy(n, 16, 0, split))
+        some = np.random.default_rng(0).permutation(n)[:20]
+        for a, b in ((memory, mapped[split]), (memory.take(some), mapped[split].take(some)),
+                     (memory.take(some).take([3, 1]), mapped[split].take(some[[3, 1]]))):
+            assert len(a) == len(b) and all(map(torch.equal, a.batch(), b.batch()))
+            assert a.read("key") == b.read("key") and a.read("caption") == b.read("caption")
+            assert (a.strata() == b.strata()).all() and (a.strata([0]) == b.strata([0])).all()
+            assert torch.equal(a.batch([1, 0])[0], b.batch()[0][[1, 0]])
+    x, c = mapped["val"].batch([0])
+    assert x.min() >= -1 and x.max() <= 1 and x.dtype == torch.float32 and c.dtype == torch.int64
+
+
+def test_prepared_pairs_serve_until_an_option_or_a_file_changes(stage, tmp_path, capsys,
+                                                                monkeypatch):
+    data, out = tmp_path / "data", tmp_path / "out"
+    monkeypatch.setattr(stage(1), "LEAST", 4)
+    write_pictures(stage, data, 300)
+    flags = ["--data", data, "--batch-size", "4"]
+    first = prepare(stage, out, *flags)["train"].read("key")
+    assert "no --val" in capsys.readouterr().out
+    before = contents(out / "pairs")
+    prepare(stage, out, *flags, "--steps", "3", "--lr", "1", "--width", "32")
+    assert capsys.readouterr().out == "" and contents(out / "pairs") == before
+    (data / "val000007.txt").write_text("another caption")
+    changes = {"files": [], "size": ["--size", "8"], "words": ["--words", "3"],
+               "pairs": ["--pairs", "50"], "plant": ["--plant", "noise=0.2"],
+               "seed": ["--seed", "1"], "val": ["--val", data]}
+    for name, more in changes.items():
+        prepare(stage, out, *flags, *more)
+        said = capsys.readouterr().out
+        assert "made with other" in said and name in said.partition("it is made anew")[0], said
+        assert contents(out / "pairs") != before
+        prepare(stage, out, *flags, *more)
+        assert capsys.readouterr().out == ""
+    os.utime(data / "val000008.png", ns=(1, 1))
+    prepare(stage, out, *flags, *changes["val"])
+    assert "other files" in capsys.readouterr().out
+    for kind in ("png", "txt"):
+        (data / f"val000009.{kind}").unlink()
+    again = prepare(stage, out, *flags)["train"]
+    assert set(first) - {"val000009"} == set(again.read("key")) - {"val000009"}
+    assert "another caption" in again.read("caption") or "val000007" not in first
+
+
+MOMENTS = {"reading": "append", "joining": "deal", "splitting": "split_rows",
+           "planting": "plant_pictures", "recording": "write_json", "taking the name": "os.sync",
+           "taking the old away": "shutil.rmtree"}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("old", [None, "another", "the same"])
+def test_a_run_killed_while_it_prepares_is_never_taken_for_whole(stage, tmp_path, monkeypatch,
+                                                                  moment, old):
+    """The same command then gives the bytes of an undisturbed run, whatever stood there before."""
+    data, s1 = tmp_path / "data", stage(1)
+    write_pictures(stage, data, 300)
+    monkeypatch.setattr(s1, "TASK", 60)                    # five tasks
+    monkeypatch.setattr(s1, "LEAST", 4)
+    flags = ["--data", data, "--plant", PLANT, "--batch-size", "4"]
+    prepare(stage, tmp_path / "sound", *flags)
+    asked = flags
+    if old:
+        prepare(stage, tmp_path / "out", *flags, *(["--size", "8"] if old == "another" else []))
+        if old == "the same":                              # which another run takes away, in vain
+            flags = [*flags, "--size", "8"]
+    calls = itertools.count()
+
+    def last_words(*args, **how):
+        if MOMENTS[moment] == "shutil.rmtree":             # in the midst of taking a folder away
+            if args[0].name != "pairs" or not args[0].exists():
+                return
+            (args[0] / "images.npy").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if next(calls) == 6 * (moment == "reading"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return undisturbed(*args, **how)
+    owner, _, name = MOMENTS[moment].rpartition(".")
+    place = getattr(s1, owner) if owner else s1
+    undisturbed = getattr(place, name)
+    alive, held = os.pipe()                                # `held` by the child and its readers
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, last_words)
+        child = multiprocessing.get_context("fork").Process(
+            target=prepare, args=(stage, tmp_path / "out", *flags))
+        child.start()
+    child.join()
+    os.close(held)
+    assert select.select([alive], [], [], 60)[0] and os.read(alive, 1) == b""   # nobody is left
+    os.close(alive)
+    killed = old is not None or MOMENTS[moment] != "shutil.rmtree"
+    assert child.exitcode == (-signal.SIGKILL if killed else 0)
+    if old is None and killed:
+        with pytest.raises(SystemExit, match="run 01_proxy.py"):
+            s1.open_pairs(tmp_path / "out/pairs")
+    prepare(stage, tmp_path / "out", *asked)
+    assert contents(tmp_path / "out/pairs") == contents(tmp_path / "sound/pairs")
+    assert not (tmp_path / "out/pairs.part").exists()
+
+
+@pytest.mark.parametrize("room", [1000, 100_000, 240_000])
+def test_a_full_disk_is_one_line_and_the_old_pairs_stay(stage, tmp_path, room):
+    prepare(stage, tmp_path, "--smoke", "--size", "8")
+    before, limits = contents(tmp_path / "pairs"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match="mend that and run the same command") as stop:
+            launch(stage, 1, ["--smoke", "--out", str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(stop.value) and contents(tmp_path / "pairs") == before
+
+
+READ_AFTER_THREADS = """
+import importlib, sys, torch
+s1 = importlib.import_module("01_proxy")
+torch.set_num_threads(2)
+for _ in range(20):                                        # the threads of OpenMP are up
+    torch.randn(600, 600) @ torch.randn(600, 600)
+    torch.randn(4, 8, 64, 64).softmax(1)
+s1.TOY_TASK = 50
+s1.prepare(s1.Path(sys.argv[1]), s1.parse_args(["--smoke"]))
+"""
+
+
+def test_readers_that_fork_after_threads_have_worked_do_not_hang(stage, tmp_path, monkeypatch):
+    subprocess.run([sys.executable, "-c", READ_AFTER_THREADS, tmp_path / "out"], cwd=ROOT,
+                   check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    monkeypatch.setattr(stage(1), "TOY_TASK", 50)
+    prepare(stage, tmp_path, "--smoke")
+    assert contents(tmp_path / "out") == contents(tmp_path / "pairs")
+
+
+@pytest.mark.parametrize("error", [OSError(38, "Function not implemented"),
+                                   PermissionError(13, "Permission denied"),
+                                   ImportError("no sem_open here")])
+def test_a_machine_without_semaphores_reads_by_itself(stage, tmp_path, monkeypatch, error):
+    prepare(stage, tmp_path / "pool", "--smoke")
+    calls = []
+
+    def refuse(*args, **how):
+        calls.append(error)
+        raise error
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    prepare(stage, tmp_path / "alone", "--smoke")
+    assert calls and contents(tmp_path / "pool/pairs") == contents(tmp_path / "alone/pairs")
+
+
+def test_the_number_of_readers_changes_no_byte(stage, tmp_path, monkeypatch):
+    write_pictures(stage, tmp_path / "data", 330)
+    monkeypatch.setattr(stage(1), "TASK", 50)
+    for n in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n: n)
+        prepare(stage, tmp_path / f"{n}", "--data", tmp_path / "data", "--batch-size", "8")
+    assert contents(tmp_path / "1/pairs") == contents(tmp_path / "4/pairs")
+
+
+@pytest.mark.parametrize("change", ["moved away", "changed in place"])
+def test_after_stage_1_no_stage_needs_the_files(stage, tmp_path, monkeypatch, change):
+    """One snapshot: pictures and captions that change later change nothing, in 02 to 05."""
+    monkeypatch.chdir(tmp_path)
+    write_pictures(stage, tmp_path / "data", 60, "train")
+    write_pictures(stage, tmp_path / "val", 40)
+    flags = ["--out", "out", "--smoke", "--batch-size", "16"]
+    launch(stage, 1, [*flags, "--data", "data", "--val", "val"])
+    before = contents(tmp_path / "out/pairs")
+    for name in ("data", "val"):
+        if change == "moved away":
+            (tmp_path / name).rename(tmp_path / f"{name}, once")
+        else:
+            for path in (tmp_path / name).iterdir():
+                path.write_bytes(b"x" if path.suffix == ".txt" else encode())
+    launch(stage, 2, flags)
+    launch(stage, 3, ["--out", "out"])
+    launch(stage, 4, ["--out", "out", "--keep", "20"])
+    if change == "moved away":
+        monkeypatch.setattr(stage(5), "ARMS", stage(5).ARMS[:1])
+        stage(1).launch(lambda args, device: stage(5).main(args, device, stage(5).ARMS[:1]),
+                        stage(5).parse_args([*flags, "--seeds", "1"]))
+        with pytest.raises(SystemExit, match="data: no such file or folder"):
+            launch(stage, 1, [*flags, "--data", "data", "--val", "val"])
+    assert contents(tmp_path / "out/pairs") == before
+    new = ["--out", "out", "--keep", "20", "--write-shards", "new"]
+    with pytest.raises(SystemExit, match="data.*(changed since|no such file)"):
+        launch(stage, 4, new)
+
+
+def test_results_inside_the_data_are_refused(stage, tmp_path):
+    """They would be read as pairs, and change what the next run finds."""
+    write_pictures(stage, tmp_path / "data", 40)
+    for out in ("data", "data/out"):
+        for name in ("--data", "--val"):
+            with pytest.raises(SystemExit, match="--out.*another"):
+                launch(stage, 1, ["--data", f"{tmp_path}/data", name, f"{tmp_path}/data",
+                                  "--out", f"{tmp_path}/{out}"])
+
+
+@pytest.mark.parametrize("n, words", [(20, "val split has .*fewer than 16"),
+                                      (100, "val split has .*fewer than 16"),
+                                      (500, "lower --batch-size")])
+def test_too_few_pairs_are_refused_before_any_work(stage, tmp_path, n, words):
+    write_pictures(stage, tmp_path / "data", n)
+    size = ["--batch-size", "8"] if n < 500 else []
+    with pytest.raises(SystemExit, match=words) as stop:
+        launch(stage, 1, ["--data", f"{tmp_path}/data", "--out", f"{tmp_path}/out", *size])
+    assert "\n" not in str(stop.value) and not (tmp_path / "out/pairs").exists()
+
+
+def test_the_smallest_corpus_runs_through(stage, tmp_path):
+    write_pictures(stage, tmp_path / "data", 16, "train")
+    write_pictures(stage, tmp_path / "val", 44)
+    flags = ["--out", str(tmp_path / "out"), "--smoke", "--batch-size", "8"]
+    launch(stage, 1, [*flags, "--data", f"{tmp_path}/data", "--val", f"{tmp_path}/val"])
+    launch(stage, 2, flags)
+    launch(stage, 3, [*flags[:2], "--baselines"])
+    launch(stage, 4, flags[:2])
+    assert len((tmp_path / "out/selected-topk-0.5.csv").read_text().split()) == 9
+    assert (tmp_path / "out/ratings-bands.png").exists()
+
+
+def test_a_pair_stays_in_its_split(stage, tmp_path):
+    """Whatever is added; half of --val each way; other seeds, other splits; at most HELD_OUT."""
+    def split_of(folder, *more):
+        found = prepare(stage, tmp_path / "out", "--data", folder, "--batch-size", "1", *more)
+        return {key: split for split, pairs in found.items() for key in pairs.read("key")}
+    files = {f"{key}.{kind}": data for key, image, caption, _ in stage(1).draw_toy(
+        600, 4, 0, "val") for kind, data in (("png", encode(colour=tuple(image[:, 0, 0].tolist()))),
+                                             ("txt", caption.encode()))}
+    before = split_of(write(tmp_path / "data", dict(list(files.items())[:-160])))
+    counts = {split: list(before.values()).count(split) for split in ("train", "val", "test")}
+    assert sum(counts.values()) == 520 and 16 <= counts["val"] < 45 and 16 <= counts["test"] < 45
+    after = split_of(write(tmp_path / "data", files))
+    assert len(after) == 600 and all(after[key] == split for key, split in before.items())
+    assert split_of(tmp_path / "data", "--seed", "1") != after
+    val = write(tmp_path / "val", {f"w{name}": data for name, data in list(files.items())[:200]})
+    trusted = split_of(tmp_path / "data", "--val", val)
+    assert all((split == "train") != key.startswith("w") for key, split in trusted.items())
+    assert len(trusted) == 700 and 30 < list(trusted.values()).count("val") < 70
+    part = split_of(tmp_path / "data", "--val", val, "--pairs", "100")
+    assert part.items() < trusted.items() and list(part.values()).count("train") == 100
+    keys = np.random.default_rng(0).integers(2 ** 64, size=10 ** 6, dtype="u8")
+    val, test, rest = stage(1).deal(np.arange(10 ** 6), keys, 0.1, 0)
+    assert sorted([*val, *test, *rest]) == list(range(10 ** 6))
+    assert 10000 < len(val) + len(test) < 20000 and abs(len(val) / len(test) - 1) < 0.1
+
+
+def test_what_comes_twice_is_read_once_and_trusted_pictures_in_the_corpus_are_said(
+        stage, tmp_path, capsys):
+    write_pictures(stage, tmp_path / "pictures", 60)
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    files = {name: (tmp_path / "pictures" / name).read_bytes() for name in names}
+    (tmp_path / "data").mkdir()
+    write_tar(tmp_path / "data/a.tar", files)
+    write_tar(tmp_path / "data/b.tar", {name: data if "png" in name else b"other words"
+                                        for name, data in list(files.items())[:20]} | {
+        "new.png": encode(), "new.txt": b"x"})
+    found = prepare(stage, tmp_path / "out", "--data", tmp_path / "data", "--val",
+                    tmp_path / "pictures", "--batch-size", "8")
+    said = capsys.readouterr().out
+    assert len(found["train"]) == 61 and "other words" not in found["train"].read("caption")
+    assert "skipped 10 (comes twice), the first of them pair 61" in said, said
+    for split in ("val", "test"):
+        assert f"{len(found[split])} pictures of the {split} split are training pictures" in said
+
+
+def test_pairs_of_a_script(stage, tmp_path):
+    """--data own takes the files as they are, whatever made them."""
+    prepare(stage, tmp_path, "--smoke")
+    before = contents(tmp_path / "pairs")
+    (tmp_path / "pairs/made.json").write_text('{"data": "own"}')
+    launch(stage, 1, ["--data", "own", "--out", str(tmp_path), "--smoke"])
+    assert contents(tmp_path / "pairs") == before | {"made.json": b'{"data": "own"}'}
+    launch(stage, 2, ["--out", str(tmp_path), "--smoke"])
+    shutil.rmtree(tmp_path / "pairs")
+    with pytest.raises(SystemExit, match="is missing"):
+        launch(stage, 1, ["--data", "own", "--out", str(tmp_path), "--smoke"])
+
+
+# ---- planted dirt -----------------------------------------------------------------------------
+def test_planted_dirt_is_what_its_mark_says(stage, tmp_path, capsys):
+    write_pictures(stage, tmp_path / "data", 200)
+    write_pictures(stage, tmp_path / "val", 50, "test")
+    flags = "--data", tmp_path / "data", "--val", tmp_path / "val", "--batch-size", "8"
+    clean = prepare(stage, tmp_path / "clean", *flags)
+    dirty = prepare(stage, tmp_path / "dirty", *flags, "--plant", PLANT)
+    said = capsys.readouterr().out
+    for name, n in (("captions", 40), ("noise", 20), ("plain", 10)):
+        assert f"planted {n} of {name}\n" in said
+    for split in ("val", "test"):
+        assert contents(tmp_path / "clean/pairs")[f"{split}.npy"] == contents(
+            tmp_path / "dirty/pairs")[f"{split}.npy"]
+        assert torch.equal(clean[split].batch()[0], dirty[split].batch()[0])
+        assert set(dirty[split].strata()) == {""}
+    clean, dirty = clean["train"], dirty["train"]
+    assert clean.read("key") == dirty.read("key")
+    captions, words = clean.read("caption"), dirty.read("caption")
+    for k, stratum in enumerate(dirty.strata()):
+        same = (clean.images[clean.rows[k]] == dirty.images[dirty.rows[k]]).all()
+        spread = dirty.images[dirty.rows[k]].std()
+        assert same == (stratum in ("", "planted-caption")), stratum
+        assert (words[k] == captions[k]) == (stratum in ("", "planted-noise")), stratum
+        assert (words[k] == stage(1).PLAIN_CAPTION) == (stratum == "planted-plain")
+        assert spread < 20 or stratum != "planted-plain"
+        assert spread > 40 or stratum != "planted-noise"
+        assert (dirty.tokens[dirty.rows[k]] == stage(1).tokenize([words[k]], 8)[0]).all()
+        assert words[k] in captions or stratum == "planted-plain"
+    assert json.loads((tmp_path / "dirty/pairs/made.json").read_text())["plant"] == PLANT
+
+
+@pytest.mark.parametrize("text", ["captions", "captions=x", "words=0.1", "captions=0.6,noise=0.5",
+                                  "captions=-0.1", "captions=nan", "captions=10", "plain=1.5",
+                                  "plain=0.7,noise=0.2,captions=0.1"])
+def test_wrong_shares_are_named(stage, text):
+    with pytest.raises(SystemExit, match="--plant.*shares of 0.99 at most"):
+        stage(1).parse_args(["--plant", text])
+
+
+def test_wrong_captions_need_two_captions(stage, tmp_path):
+    write(tmp_path / "data", {f"{k}.{kind}": data for k in range(500) for kind, data in (
+        ("png", encode(colour=(k % 256, k // 256, 0))), ("txt", b"one"))})
+    with pytest.raises(SystemExit, match="one caption"):
+        prepare(stage, tmp_path, "--data", tmp_path / "data", "--plant", "captions=0.1",
+                "--batch-size", "8")
+    assert not (tmp_path / "pairs").exists()
