@@ -43,6 +43,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import time
@@ -940,7 +941,7 @@ def launch(main, args):
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():   # of torchrun
+    if all(map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))):  # torchrun
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             print(f"waiting for {os.environ['WORLD_SIZE']} processes, this is number "
                   f"{os.environ['RANK']}; without torchrun, unset RANK and WORLD_SIZE", flush=True)
@@ -952,12 +953,13 @@ def launch(main, args):
     try:
         main(args, torch.device("cuda" if cuda else "cpu"))
     except KeyboardInterrupt:
+        print0("\nstopped: the same command goes on from the last save, a minute ago at most")
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)      # of children that are killed now
         for child in multiprocessing.active_children():
             child.kill()
-        print0("\nstopped: the same command goes on from the last save, a minute ago at most")
-        sys.exit(130)
+        os._exit(130)
     except OSError as error:
-        raise SystemExit(f"{error}: mend that and run the same command again")
+        raise SystemExit(f"{args.out}: {error}: mend that and run the same command again")
     except (RuntimeError, MemoryError) as error:
         if not re.search("out of memory|allocate|ALLOC_FAILED|terminated abruptly", str(error)):
             raise
@@ -981,7 +983,10 @@ class Progress:
         self.waiting, self.now = [], time.monotonic()
         self.saved = self.told = self.now
         if path and path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception:                              # of a damaged file, any
+                raise SystemExit(f"{path} cannot be read: delete it to begin anew")
             other = [name for name in settings if state["settings"].get(name) != settings[name]]
             if other and other != ["out"]:
                 raise SystemExit(f"{path} was begun with other {', '.join(other)}: finish that run "

@@ -116,7 +116,9 @@ def score(nets, companions, pairs, path, seed, progress):
     if progress.step and not part.exists():
         raise SystemExit(f"{part} is gone: delete {progress.path} to begin anew")
     if s1.rank() == 0 and not progress.step:
-        np.lib.format.open_memmap(part, "w+", dtype, (len(pairs),))
+        with open(part, "wb") as file:                     # zeros: a full disk is seen here
+            for rows in np.array_split(np.arange(len(pairs)), len(pairs) // 2 ** 20 + 1):
+                s1.append(file, np.zeros(len(rows), dtype), int(rows[-1]) + 1)
     table = np.lib.format.open_memmap(part, "r+") if s1.rank() == 0 else None
     span = CHUNK * s1.world()
     for k in progress.steps(-(-len(pairs) // span), every=1):
@@ -134,7 +136,6 @@ def score(nets, companions, pairs, path, seed, progress):
             table["stratum"][rows] = pairs.strata(rows).astype("S15")
             table.flush()
     if table is not None:
-        os.replace(part, f"{path}.npy")
         write_table(f"{path}.csv", table, pairs)
 
 
@@ -268,11 +269,12 @@ def main(args, device):
     score(nets, companions, pairs, stem, settings.seed, progress)
     if s1.rank():
         return
+    progress.finish()                                      # the last step ended with its table
+    os.replace(f"{stem}.npy.part", f"{stem}.npy")
     command = (f"03_score.py --signal {args.signal}" + " --baselines" * args.baselines
                + f" --data {args.data}" * bool(args.data))
     s1.record(Path(f"{stem}.npy"), command, sources, pairs=folder.name,
               csv=s1.digest(f"{stem}.csv"))
-    progress.finish()
     shown = np.arange(0, len(pairs), -(-len(pairs) // SHOWN))
     table, pairs = np.load(f"{stem}.npy", mmap_mode="r")[shown], pairs.take(shown)
     trusted = [score_chunk({"rater": nets["rater"]}, *test.batch(rows), companions, None)[:, -1]
