@@ -583,8 +583,8 @@ def split_rows(folder, labels, args):
         least = max(LEAST, vars(args).get("batch_size", 0))
         if len(rows) < least:
             cure = "add pairs" + ", or lower --batch-size" * (least > LEAST)
-            raise SystemExit(f"{args.data}: the {split} split has {len(rows)} readable pairs, fewer "
-                             f"than {least}: {cure if len(rows) else LAYOUTS}")
+            raise SystemExit(f"{args.data}: the {split} split has {len(rows)} readable pairs, not "
+                             f"{least}: {cure if len(rows) else LAYOUTS}")
         np.save(folder / f"{split}.npy", rows)
         shared = np.intersect1d(entries["pixels"][rows], entries["pixels"][splits["train"]])
         if split != "train" and len(shared):
@@ -645,7 +645,8 @@ def split_dataset(args):
                          f"into {folder}, or name another --root ({str(error).split(chr(10))[0]})")
     order, test_order = (rng.permutation(len(split)) for split in (data, test))
     trusted = min(DATASET_TRUSTED, len(data) // 5)
-    return [("train", data, np.sort(order[trusted:])), ("val", data, order[:trusted]),
+    train = np.sort(order[trusted:][:args.pairs or None])
+    return [("train", data, train), ("val", data, order[:trusted]),
             ("test", test, test_order[:2 * DATASET_TRUSTED])]
 
 

@@ -307,9 +307,9 @@ def name_rater(signal):
 
 
 def main(args, device):
-    if args.batch_size % (min(GROUP, args.batch_size // 2) * s1.world() or 1):
+    if args.batch_size < 4 or args.batch_size % (min(GROUP, args.batch_size // 2) * s1.world()):
         raise SystemExit(f"--batch-size {args.batch_size} must be even, and a multiple of {GROUP} "
-                         f"pairs, a group, times {s1.world()} processes where it holds so many")
+                         f"pairs, a group, times {s1.world()} processes from there on; at least 4")
     out = Path(args.out)
     settings, weights = s1.load(out / "proxy.pt", "01_proxy.py")
     pairs, val = (s1.open_pairs(out / "pairs", split, device) for split in ("train", "val"))

@@ -241,7 +241,7 @@ def load_nets(out, signal, settings, device):
 def prepare_other(data, out, settings):
     """Prepare the pairs of --data beside those of stage 1; returns their folder."""
     path = os.path.abspath(os.path.expanduser(data))
-    words = "-".join(re.findall(r"\w+", data.removesuffix(".tar")))[-80:]
+    words = "-".join(re.findall(r"\w+", data.removesuffix(".tar")))[-60:]
     folder = out / f"pairs-of-{words or 'here'}"
     there = s1.read_json(folder / "made.json").get("data", path)
     if there != path:
@@ -264,7 +264,7 @@ def main(args, device):
     stem = out / f"{name.replace('rater', 'ratings')}{folder.name.removeprefix('pairs')}"
     sources = [out / f"{name}.pt", folder / "made.json"]
     progress = s1.Progress(Path(f"{stem}.progress"), vars(args) | {
-        str(file): s1.digest(file) for file in sources}, ["pairs"])
+        str(file): s1.digest(file) for file in sources}, ["rated"])
     companions = draw_companions(nets["rater"], group_size, pairs, settings.seed)
     score(nets, companions, pairs, stem, settings.seed, progress)
     if s1.rank():

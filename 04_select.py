@@ -114,23 +114,24 @@ def read_columns(path, names):
     one number a row is `rating`."""
     try:
         if path.suffix == ".npy":
-            table = np.load(path, mmap_mode="r")
-            head, table = table.dtype.names or ("rating",), table.reshape(len(table))
-            columns = {name: table[name] if table.dtype.names else table
-                       for name in names if name in head} | {"row": np.arange(len(table))}
+            table = np.load(path, mmap_mode="r").reshape(-1)
+            head = ["row", *(table.dtype.names or ["rating"])]
         else:
             with open(path, encoding="utf-8-sig", newline="") as file:
                 head = [name.strip() for name in next(csv.reader(file), [])]
-                found = [name for name in ("row", *names) if name in head]
-                columns = dict(zip(found, np.loadtxt(
-                    file, delimiter=",", quotechar='"', comments=None, encoding="utf-8",
-                    usecols=[head.index(name) for name in found], ndmin=2).T))
-        missing = {"row", *names} - columns.keys()
+        found, missing = ["row", *names], [name for name in ("row", *names) if name not in head]
         if missing:
             raise ValueError(f"no column {' or '.join(missing)} among {', '.join(head)}; rankings "
                              "without a rater come with 03_score.py --baselines")
-        return {name: column.astype(float) for name, column in columns.items()}
-    except (OSError, EOFError, ValueError, csv.Error) as error:
+        if path.suffix == ".npy":
+            columns = {name: table[name] if table.dtype.names else table for name in names}
+            columns["row"] = np.arange(len(table))
+        else:
+            columns = dict(zip(found, np.loadtxt(
+                path, delimiter=",", quotechar='"', comments=None, encoding="utf-8-sig", skiprows=1,
+                usecols=[head.index(name) for name in found], ndmin=2).T))
+        return {name: column.astype(float, casting="same_kind") for name, column in columns.items()}
+    except (OSError, EOFError, ValueError, TypeError, csv.Error) as error:
         raise SystemExit(f"{path}: {error}")
 
 
@@ -149,17 +150,19 @@ def read_ratings(path, names, pairs):
 
 def read_rows(path, pairs):
     """The rows (n,) of a selection, ascending."""
-    rows = np.sort(read_columns(path, [])["row"]).astype(int)
-    if not len(rows) or rows[0] < 0 or rows[-1] >= len(pairs) or (np.diff(rows) == 0).any():
-        raise SystemExit(f"{path}: rows from 0 to {len(pairs) - 1} are needed, each once at most")
-    return rows
+    rows = np.sort(read_columns(path, [])["row"])          # a .npy has no column row
+    if (path.suffix == ".npy" or not len(rows) or rows[0] < 0 or not rows[-1] < len(pairs)
+            or (rows % 1).any() or (np.diff(rows) == 0).any()):
+        raise SystemExit(f"{path}: a .csv with a column row is needed, of rows from 0 to "
+                         f"{len(pairs) - 1}, each once at most")
+    return rows.astype(int)
 
 
 def compare_keys(path, pairs, shown=1000):
     """End the program where the column `key` of a .csv, if it has one, names other pairs."""
     with open(path, encoding="utf-8-sig", newline="", errors="replace") as file:
         for line in itertools.islice(csv.DictReader(file), shown):
-            row, key = line.get("row"), line.get("key")
+            row, key = line.get("row") or "", line.get("key")
             if key and row.isdecimal() and pairs.read("key", [int(row) % len(pairs)]) != [key]:
                 raise SystemExit(f"{path} is of another corpus: {key} is not the key of the "
                                  f"prepared pair in row {row}")

@@ -113,11 +113,14 @@ def list_arms(args, pairs, pool, arms):
                              f"{args.out}/pairs: rate those, without --data, in 03_score.py")
         s4.compare_keys(file, pairs)
     if args.selected:
+        if len(set(map(os.path.realpath, args.selected))) < len(args.selected):
+            raise SystemExit("--selected names a file twice")
+        counts = sorted({len(s4.read_rows(Path(file), pairs)) for file in args.selected})
+        rivals = [Arm("full"), *(Arm(f"random {n}", keep=n) for n in counts)]
         stems = [Path(file).stem for file in args.selected]
-        given = [Arm(stem if stems.count(stem) == 1 else file, file=file)
-                 for stem, file in zip(stems, args.selected)]
-        counts = sorted({len(choose_rows(arm, pool, pairs, args.out, 0)) for arm in given})
-        return [Arm("full"), *(Arm(f"random {n}", keep=n) for n in counts), *given]
+        taken = [*stems, "real", *(arm.name for arm in rivals)]
+        return rivals + [Arm(stem if taken.count(stem) == 1 else file, file=file)
+                         for stem, file in zip(stems, args.selected)]
     missing = []
     for arm in arms:
         file = Path(args.out) / f"{arm.ratings}.npy"

@@ -3,7 +3,8 @@
     python tests/figures.py --out out        after stages 1 and 2; writes pipeline.png, eq6.png,
                                              apart.png (of the tables in .assets/evidence.md) and
                                              example.png, whose table it prints for the lecture;
-                                             after stage 3 with both signals bells.png;
+                                             after stage 3 dynamics.png (a warm-up by rating), and
+                                             with both signals bells.png;
                                              after evidence.py retention retention.png;
                                              and real.png, the README's first picture, where --out
                                              holds stages 1 to 3 of pairs with planted dirt
@@ -11,7 +12,6 @@
 import csv
 import itertools
 import re
-import sys
 import textwrap
 from pathlib import Path
 
@@ -20,10 +20,8 @@ import torch
 from matplotlib import patheffects
 from matplotlib import pyplot as plt
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import STAGES, areas, print_table  # noqa: E402
+from common import CPU, Watched, areas, print_table, s1, s2, s3, s4, s5
 
-s1, s2, s3, s4, s5 = STAGES
 ASSETS = Path(__file__).resolve().parent.parent / ".assets"
 BLUE, RED, GREY = "#0072B2", "#C03000", "0.35"
 LOOKS = {                  # stratum: its name in a drawing, mark and hatch, which show in grey, too
@@ -83,13 +81,13 @@ def draw_pipeline(path):
     axis.text(-1.5, 4.6, "one step of stage 2", fontsize=14, weight="bold")
     axis.text(-1.5, 4.15, "thick: the way of the gradient of the\nvalidation loss to the rater",
               fontsize=14, color=RED, va="top")
-    s1.save_figure(figure, path)
+    s3.save_figure(figure, path)
 
 
 @torch.no_grad()
 def measure(nets, pairs, own_noise, draws, seed=0):
     """L(theta_hat; x_i) and the difference (N,), means of `draws` draws of t and eps."""
-    x, c = pairs.batch(np.arange(len(pairs)))
+    x, c = pairs.batch()
     rng, sums = s1.seeded(x.device, seed, "figure", own_noise), 0
     for _ in range(draws):
         noise = s1.draw_noise(x, rng, s1.T_SHIFT)
@@ -102,7 +100,7 @@ def measure(nets, pairs, own_noise, draws, seed=0):
 
 def draw_eq6(path, nets, pairs):
     """The difference against the loss, one draw of noise: shared by both proxies, and not."""
-    strata = np.array(pairs.strata)
+    strata = pairs.strata()
     figure, axes = plt.subplots(1, 2, figsize=(12, 6), sharey=True)
     for axis, own in zip(axes, (False, True)):
         L_hat, gap = measure(nets, pairs, own, draws=1)
@@ -128,7 +126,7 @@ def draw_eq6(path, nets, pairs):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=17,
                   bbox_to_anchor=(0.5, 0.97), frameon=False, markerscale=2, handletextpad=0.2)
     figure.tight_layout()
-    s1.save_figure(figure, path)
+    s3.save_figure(figure, path)
 
 
 def draw_bells(path, tables):
@@ -138,7 +136,7 @@ def draw_bells(path, tables):
     """
     figure, axes = plt.subplots(1, 2, figsize=(13, 6.6), sharey=True)
     for axis, (equation, table) in zip(axes, tables.items()):
-        draw_strata(axis, s3.percentiles(table["rating"]), table["stratum"])
+        draw_strata(axis, 100 * s3.places(table["rating"]), table["stratum"])
         draw_bell(axis)
         shares = describe_halves(table)
         axis.set_title(f"ranking by {equation}; informative:\n{shares}", fontsize=18)
@@ -148,7 +146,7 @@ def draw_bells(path, tables):
     figure.legend(handles, labels, loc="upper center", ncol=3, fontsize=17, frameon=False,
                   bbox_to_anchor=(0.5, 0.03), columnspacing=1.5)
     figure.tight_layout()
-    s1.save_figure(figure, path)
+    s3.save_figure(figure, path)
 
 
 def describe_halves(table):
@@ -222,7 +220,7 @@ def draw_apart(path, text):
     axis.set_ylabel("AUC of the difference, one draw", fontsize=18)
     axis.legend(fontsize=17, title="informative pairs ranked above", title_fontsize=17,
                 frameon=False, loc="lower right")
-    s1.save_figure(figure, path)
+    s3.save_figure(figure, path)
 
 
 # ---- the worked example ----------------------------------------------------------------------
@@ -236,7 +234,7 @@ def work_example(nets, pairs, group_size, seed=0):
     The group is the first in the order of training that holds all of THREE.
     """
     groups = s1.draw_batches(len(pairs), group_size, seed, 0, len(pairs))
-    rows = next(rows for rows in groups if set(THREE) <= {pairs.strata[row] for row in rows})
+    rows = next(rows for rows in groups if set(THREE) <= {*pairs.strata(rows)})
     x, c = pairs.batch(rows)
     t, eps = s1.draw_noise(x, s1.seeded("cpu", seed, "example"), s1.T_SHIFT)
     L_theta, L_hat = (s1.flow_loss(nets[name], x, c, t, eps) for name in ("proxy", "ref"))
@@ -266,16 +264,15 @@ QUANTITIES = {             # key of `work_example`: what the row is called, how 
 def find_three(pairs, rows, gap):
     """Of each of THREE the place in the group whose difference is the (lower) median of its kind:
     a rule, so that nobody picks the pairs that suit."""
-    order = gap.argsort().tolist()
-    kinds = [[place for place in order if pairs.strata[rows[place]] == stratum]
-             for stratum in THREE]
+    order = gap.argsort().numpy()
+    kinds = [order[pairs.strata(rows[order]) == stratum] for stratum in THREE]
     return [kind[(len(kind) - 1) // 2] for kind in kinds]
 
 
 def print_example(pairs, rows, numbers):
     """The worked example as a Markdown table: a column for each of THREE."""
     places = find_three(pairs, rows, numbers["gap"])
-    lines = [["caption", *(pairs.captions[rows[place]] for place in places)]]
+    lines = [["caption", *pairs.read("caption", rows[places])]]
     for key, (name, digits) in QUANTITIES.items():
         lines.append([name, *(format(numbers[key][place].item(), digits) for place in places)])
     lines.append(["so the rater is asked to", *(ask(numbers["push"][place]) for place in places)])
@@ -290,16 +287,17 @@ def draw_example(path, pairs, rows, numbers):
     """The three pairs of the worked example with the numbers that decide."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 6.2))
     places = find_three(pairs, rows, numbers["gap"])
-    for axis, stratum, place in zip(axes, THREE, places):
-        s1.show_pictures([axis], pairs.batch([rows[place]])[0], [""])
-        caption = textwrap.fill(f'"{pairs.captions[rows[place]]}"', 20)
+    s3.show_pictures(axes, pairs.batch(rows[places])[0], [""] * 3)
+    captions = pairs.read("caption", rows[places])
+    for axis, stratum, place, caption in zip(axes, THREE, places, captions):
+        caption = textwrap.fill(f'"{caption}"', 20)
         axis.set_title(f"{LOOKS[stratum][0]}:\n{caption}", fontsize=20)
         gap, rank = numbers["gap"][place], numbers["rank"][place]
         axis.text(0.5, -0.05, f"L(theta)  {numbers['L_theta'][place]:.3f}\n"
                   f"L(theta_hat)  {numbers['L_hat'][place]:.3f}\ndifference  {gap:+.3f}\n"
                   f"rank {rank} of {len(rows)}:\n{ask(numbers['push'][place])}", fontsize=20,
                   ha="center", va="top", transform=axis.transAxes, linespacing=1.4)
-    s1.save_figure(figure, path)
+    s3.save_figure(figure, path)
 
 
 def draw_retention(path, table):
@@ -331,74 +329,102 @@ def draw_retention(path, table):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=10,
                   bbox_to_anchor=(0.5, 0.98), frameon=False)
     figure.tight_layout()
-    s1.save_figure(figure, path)
+    s3.save_figure(figure, path)
 
 
 NAMES = {"informative": "right pair", "planted-plain": "plain", "planted-noise": "noise",
          "planted-caption": "wrong caption"}
 
 
-def draw_real(path, out):
+def draw_real(path, pairs, rating):
     """Twelve random pairs from every fifth of the ranking, framed by what was planted in them."""
-    settings, _ = s1.load_proxy(out)
-    pairs = s1.load_data(settings, torch.device("cpu"))[0]
-    table = s3.read_table(Path(out) / "ratings.csv")
-    place = s3.percentiles(table["rating"])
-    rows = s1.find_rows(pairs, table["key"].tolist())
+    place, strata = 100 * s3.places(rating), pairs.strata()
     figure = plt.figure(figsize=(13, 5.4))
     for band, part in enumerate(figure.subfigures(1, 5, wspace=0.04)):
         inside = np.flatnonzero((place // 20).astype(int) == band)
-        chosen = rows[np.random.default_rng(band).choice(inside, 12, replace=False)]
+        chosen = np.random.default_rng(band).choice(inside, 12, replace=False)
         part.suptitle(["rated highest", "", "middle", "", "rated lowest"][band]
                       or f"{20 * band}-{20 * band + 20} %", fontsize=15, y=1.0)
         axes = part.subplots(4, 3, gridspec_kw={"hspace": 0.55, "wspace": 0.08, "left": 0.02,
                                                 "right": 0.98, "bottom": 0.02, "top": 0.88})
-        for axis, row in zip(axes.flat, chosen):
-            x, _ = pairs.batch([row])
-            axis.imshow((x[0].permute(1, 2, 0).numpy() + 1) / 2)
-            caption = pairs.captions[row].replace(s1.PLAIN_CAPTION, "white")
-            words = caption.split(" ", 4)[-1]
+        for axis, row, x, caption in zip(axes.flat, chosen, pairs.batch(chosen)[0],
+                                         pairs.read("caption", chosen)):
+            axis.imshow((x.permute(1, 2, 0).numpy() + 1) / 2)
+            words = caption.replace(s1.PLAIN_CAPTION, "white").split(" ", 4)[-1]
             axis.set_title(words, fontsize=11, pad=3)
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
-                spine.set(color=s1.STRATUM_COLOURS[pairs.strata[row]], linewidth=4)
+                spine.set(color=s1.STRATUM_COLOURS[strata[row]], linewidth=4)
     marks = [plt.Line2D([], [], color=s1.STRATUM_COLOURS[stratum], linewidth=5, label=name)
-             for stratum, name in NAMES.items() if stratum in pairs.strata]
+             for stratum, name in NAMES.items() if stratum in strata]
     figure.legend(handles=marks, loc="lower center", ncol=4, fontsize=14, frameon=False,
                   bbox_to_anchor=(0.5, -0.09))
-    s1.save_figure(figure, path)
+    s3.save_figure(figure, path)
+
+
+# ---- how a warm-up treats high and low ratings ------------------------------------------------
+def probe_dynamics(proxy, pairs, rows, draws, seed):
+    """Mean loss and gradient norm of `draws` batches from the corpus rows of one band."""
+    values = []
+    for k in range(draws):
+        x, c = pairs.batch(np.random.default_rng([seed, k]).choice(rows, min(32, len(rows)), False))
+        noise = s1.draw_noise(x, s1.seeded("cpu", seed, "dynamics", k))
+        loss = s1.flow_loss(proxy, x, c, *noise).mean()
+        grads = torch.autograd.grad(loss, list(proxy.parameters()))
+        values.append((loss.item(), torch.cat([g.flatten() for g in grads]).norm().item()))
+    return np.mean(values, 0)
+
+
+def draw_dynamics(path, settings, pairs, rating):
+    """Loss and gradient norm by rating band while the proxy warms up (the paper's Fig. 3)."""
+    (figure, axes), draws = plt.subplots(1, 2, figsize=(10, 3)), 2 if settings.smoke else 16
+    bands = np.array_split(np.argsort(-rating, kind="stable"), s3.BANDS)
+    middles = (np.arange(s3.BANDS) + 0.5) * 100 / s3.BANDS
+    points = sorted({max(1, round(share * settings.steps)) for share in (0.05, 0.2, 0.5, 1)})
+
+    def after(step):
+        if step in points:
+            table = np.array([probe_dynamics(proxy, pairs, rows, draws, settings.seed)
+                              for rows in bands])                             # (BANDS, 2)
+            for axis, values in zip(axes, table.T):
+                axis.plot(middles, values, "o-", label=f"step {step}", markersize=4,
+                          color=plt.cm.viridis(points.index(step) / len(points)))
+    torch.manual_seed(settings.seed)
+    proxy = s1.build_proxy(settings, CPU)
+    s1.train(proxy, pairs, settings.steps, settings.batch_size, settings.lr, settings.seed,
+             progress=Watched(after))
+    for axis, label in zip(axes, ("loss", "gradient norm of 32 pairs")):
+        axis.set(xlabel="percentile (0 = highest rating)", ylabel=label, ylim=(0, None))
+        s3.legend_above(axis)
+    s3.save_figure(figure, path)
 
 
 def main(argv=None):
-    args = s1.options(__doc__).parse_args(argv)
-    out = Path(args.out)
-    settings, _ = s1.load_proxy(out)
-    args.signal = "difference"
-    nets, group_size = s3.load_nets(args, settings, "cpu")
-    pairs = s1.load_data(settings, "cpu")[0]
+    out = Path(s1.parse(argv, __doc__).out)
+    settings, _ = s1.load(out / "proxy.pt", "01_proxy.py")
+    pairs, ratings = s1.open_pairs(out / "pairs"), {}
+    for equation, stem in (("eq. 6", s5.EQ6), ("eq. 9", s5.EQ9)):
+        if (out / f"{stem}.npy").exists():
+            table = np.load(out / f"{stem}.npy")
+            ratings[equation] = {"rating": table["rating"], "stratum": pairs.strata()}
     if settings.plant:
-        return draw_real(out / "real.png", out)
-    if not set(LOOKS) <= set(pairs.strata):
+        return draw_real(out / "real.png", pairs, ratings["eq. 6"]["rating"])
+    if not set(LOOKS) <= {*pairs.strata()}:
         raise SystemExit(f"{out}/proxy.pt is of other pairs than the toy, whose kinds are drawn: "
                          "name the --out of a run without --data")
+    nets, group_size = s3.load_nets(out, "difference", settings, CPU)
     draw_pipeline(out / "pipeline.png")
     draw_eq6(out / "eq6.png", nets, pairs.take(np.arange(min(1500, len(pairs)))))
     draw_apart(out / "apart.png", (ASSETS / "evidence.md").read_text(encoding="utf-8"))
-    draw_lecture(out, nets, pairs, group_size)
-    table = out / "results-retention.csv"
-    if table.exists():
-        draw_retention(out / "retention.png", table)
-
-
-def draw_lecture(out, nets, pairs, group_size):
-    """What .assets/lecture.md shows beside the other figures."""
     example = work_example(nets, pairs, group_size)
     print_example(pairs, *example)
     draw_example(out / "example.png", pairs, *example)
-    ratings = {"eq. 6": out / "ratings.csv", "eq. 9": out / "ratings-loss.csv"}
-    if all(path.exists() for path in ratings.values()):
-        draw_bells(out / "bells.png", {name: s3.read_table(path)
-                                       for name, path in ratings.items()})
+    if "eq. 6" in ratings:
+        draw_dynamics(out / "dynamics.png", settings, pairs, ratings["eq. 6"]["rating"])
+    if len(ratings) == 2:
+        draw_bells(out / "bells.png", ratings)
+    if (out / "results-retention.csv").exists():
+        draw_retention(out / "retention.png", out / "results-retention.csv")
 
 
 if __name__ == "__main__":

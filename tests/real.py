@@ -345,10 +345,12 @@ def ask_arms(args):
         torch.set_num_threads(1)                           # arms side by side
         flags = s5.parse_args(["--out", settings.out, "--lr", str(args.lr)]
                               + ["--smoke"] * args.smoke)
-        lab, work = s5.find_lab(flags, torch.device("cpu")), list_arms(pairs, settings.out)
-        rows = np.arange(min(s5.DRAWN, len(lab.val)))
-        floors.append(s5.judge_images(lab.judge, lab.val.batch(rows)[0],
-                                      lab.val.read("caption", rows), lab.reference))
+        work, val = list_arms(pairs, settings.out), s1.open_pairs(Path(settings.out) / "pairs", "val")
+        sees, reference = s5.open_judge(flags.out, flags.metrics, flags.weights, flags.smoke,
+                                        torch.device("cpu"))
+        rows = np.arange(min(s5.DRAWN, len(val)))
+        floors.append(s5.judge_images(sees, val.batch(rows)[0], val.read("caption", rows),
+                                      reference))
         run = functools.partial(run_arm, flags=flags, seed=settings.seed)
         for row in s5.run_side_by_side(run, work, cores):
             results.append(row)

@@ -1,14 +1,15 @@
-"""What a web-scale corpus costs: index, reading, scoring and selection, measured on this machine.
+"""What a large corpus costs: preparing, start-up, epochs, selection, memory, on this machine.
 
-    python tests/scale.py      packs a million small pairs into tars in a temporary folder, 6 GB
+    python tests/scale.py      half an hour on one core, 3 GB in a temporary folder; Linux
 
-Prints a Markdown table. Memory for thirty million pairs is computed from the measured index.
+Prints a Markdown table. CPU seconds are those of all processes. Memory of its own does not count
+the pages of mapped files that a stage has touched, which the machine takes back when it needs them.
+Stage 5 is watched for two minutes only.
 """
 import argparse
 import contextlib
-import importlib
 import io
-import os
+import re
 import resource
 import subprocess
 import sys
@@ -16,131 +17,134 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
-import torch
 from PIL import Image
 
+from common import head, s1, s2, s3, s4, s5, show
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-s1, s2, s3, s4 = (importlib.import_module(name) for name in (
-    "01_proxy", "02_meta_rater", "03_score", "04_select"))
-PER_TAR, WEB = 10_000, 30_000_000
+TARS, SIDE, DISTINCT = 8, 256, 100
+WORK = {s2: (s1.Progress, "steps"), s3: (s1.Progress, "steps"), s4: (s4, "select"),
+        s5: (s2, "train_contrast")}                        # stage: what its work begins with
 
 
 def pack(folder, count):
-    """`count` pairs of a 64 x 64 JPEG and a caption, 10,000 to a tar; returns bytes a pair."""
-    file = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
-    Image.fromarray(noise).resize((64, 64)).save(file, "JPEG")
+    """`count` pairs of a JPEG and a caption in tars; of 100 pictures, which are returned."""
+    files, rng = [io.BytesIO() for _ in range(DISTINCT)], np.random.default_rng(0)
+    for file in files:                                     # smooth, with the grain of a photograph
+        image = Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).resize((SIDE, SIDE))
+        pixels = (image + rng.normal(0, 8, (SIDE, SIDE, 3))).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(file, "JPEG")
+    for number, rows in enumerate(np.array_split(np.arange(count), TARS)):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for row in rows:
+                for kind, data in ((".jpg", files[row % DISTINCT].getvalue()),
+                                   (".txt", b"a coloured pattern, number %d" % row)):
+                    member = tarfile.TarInfo(f"{row:09d}{kind}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return [file.getvalue() for file in files]
 
-    def member(name, data):
-        header = tarfile.TarInfo(name)
-        header.size = len(data)
-        return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
-    for first in range(0, count, PER_TAR):
-        with open(folder / f"{first // PER_TAR:06d}.tar", "wb") as tar:
-            for k in range(first, min(first + PER_TAR, count)):
-                tar.write(member(f"{k:09d}.jpg", file.getvalue())
-                          + member(f"{k:09d}.txt", b"a coloured pattern, number %d" % k))
-            tar.write(bytes(1024))
 
-
-def timed(function):
-    began = time.perf_counter()
+def cpu_seconds(function):
+    """What a function takes of all cores, its processes included."""
+    def spent():
+        return sum(sum(resource.getrusage(who)[:2])
+                   for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    began = spent()
     with contextlib.redirect_stdout(sys.stderr):           # what it says is no part of the table
-        value = function()
-    return value, time.perf_counter() - began
+        function()
+    return spent() - began
 
 
-def rate_of(batches):
-    """Pairs a second that come out of an iterator of (rows, pairs)."""
-    count, seconds = timed(lambda: sum(len(part) for _, part in batches))
-    return f"{count / seconds:,.0f} pairs a second"
+def select(folder, count):
+    """A row: ratings in a .npy are read, and half of them selected by two rules."""
+    np.save(folder / "web.npy", np.random.default_rng(0).standard_normal(count, np.float32))
+    cells = []
+    for method in ("topk", "shift-gsample"):
+        seconds = cpu_seconds(lambda: s4.select(s4.read_ratings(
+            folder / "web.npy", "rating", range(count)), method, 0.5))
+        cells.append(f"{method} {seconds:.1f} s")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    show(f"selecting half of {count:,} ratings, .npy", f"{', '.join(cells)}, at most {peak:.1f} GB")
 
 
-def score_rate(pairs):
-    """Pairs a second of stage 3 with untrained nets of the default size."""
-    nets = {name: s1.DiT(16, 4, 64, 3, 8) for name in ("proxy", "ref")}
-    nets["rater"] = s2.Rater(16, 4, 8)
-    with tempfile.NamedTemporaryFile() as file:
-        _, seconds = timed(lambda: s3.score(nets, 32, pairs, file.name, 0,
-                                            s1.Progress()))
-    return f"{len(pairs) / seconds:,.0f} pairs a second"
+def prepare(folder, count):
+    """Rows: preparing the JPEG at 16 pixels, and epochs from the map that it leaves."""
+    (folder / "tars").mkdir()
+    files = pack(folder / "tars", count)
+    args = s1.parse_args(["--data", str(folder / "tars")])
+    whole = cpu_seconds(lambda: s1.prepare(folder / "out/pairs", args))
+    alone = cpu_seconds(lambda: [s1.decode_image(files[k % DISTINCT], 16) for k in range(count)])
+    show(f"preparing {count:,} JPEG of {SIDE} px in {TARS} tars at 16 px",
+         f"{whole:.1f} CPU seconds, decoding alone {alone:.1f}: {whole / alone:.2f} times")
+    pairs = s1.open_pairs(folder / "out/pairs")
+    for name in ("first", "second"):
+        batches = s1.draw_batches(len(pairs), 64, 0, 0, len(pairs) // 64)
+        seconds = cpu_seconds(lambda: [pairs.batch(rows) for rows in batches])
+        show(f"the {name} epoch from the map", f"{seconds:.3f} s, {seconds / whole:.4f} of that")
 
 
-def select_rows(folder, kind, count):
-    """Seconds and gigabytes of stage 4, start to finish, on `count` ratings in a file."""
-    ratings = np.random.default_rng(0).standard_normal(count, dtype=np.float32)
-    if kind == "npy":
-        np.save(folder / "ratings.npy", ratings)
-    else:
-        lines = (f"{k:09d},{rating:.6g},0.512345,{rating:.6g},\n"
-                 for k, rating in enumerate(ratings))
-        with open(folder / "ratings.csv", "w") as file:
-            file.write("key,instance,group,rating,stratum\n")
-            file.writelines(lines)
-    command = [sys.executable, str(ROOT / "04_select.py"), "--ratings",
-               str(folder / f"ratings.{kind}"), "--out", str(folder / "out")]
-    _, seconds = timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
-                                              env={**os.environ, "OMP_NUM_THREADS": "1"}))
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6    # of the largest so far
-    return f"{seconds:.1f} s, {peak:.2f} GB"
+class Begun(Exception):
+    """Work begins."""
 
 
-def link_twice(folder, tars):
-    """A folder of links to these tars."""
-    (folder / "twice").mkdir()
-    for k, tar in enumerate(tars):
-        (folder / f"twice/{k:06d}.tar").symlink_to(tar)
-    return folder / "twice"
+def start(out):
+    """Rows: from the first line of `main` to the first step of work, beside the imports."""
+    for stage, (owner, work) in WORK.items():
+        code = f"import importlib; importlib.import_module('{stage.__name__}')"
+        imports = cpu_seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True,
+                                                     cwd=ROOT))
+        began = time.perf_counter()
+        with (mock.patch.object(owner, work, side_effect=Begun), contextlib.suppress(Begun),
+              contextlib.redirect_stdout(sys.stderr)):
+            stage.main(stage.parse_args(["--out", out]), s1.torch.device("cpu"))
+        show(f"start-up of {stage.__name__}.py",
+             f"{time.perf_counter() - began:.2f} s, its imports {imports:.2f}")
 
 
-def main(count, web=WEB):
-    torch.set_num_threads(1)
-    print("| what | measured |\n|---|---|")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for kind in ("npy", "csv"):                        # the peak is of the largest so far
-            print(f"| selection of {web:,} ratings, .{kind} | {select_rows(folder, kind, web)} |")
-        (hashes, _), seconds = timed(lambda: s4.read_ratings(
-            folder / "ratings.csv", "rating", s1.hash_key))
-        print(f"| stage 5 reads these ratings, once for all arms and seeds | {seconds:.1f} s, "
-              f"{16 * len(hashes) / 1e9:.2f} GB |")
-        (folder / "ratings.csv").unlink()
-        pack(folder, count)
-        pairs, first = timed(lambda: s1.open_pairs(folder, 16, 8, folder))
-        pairs, again = timed(lambda: s1.open_pairs(folder, 16, 8, folder))
-        each = pairs.entries.nbytes / len(pairs)
-        print(f"| index of {len(pairs):,} pairs | {first:.0f} s ({len(pairs) / first:,.0f} pairs a "
-              f"second), opened again in {again:.1f} s |")
-        print(f"| memory of the index | {each:.0f} bytes a pair, {each * WEB / 1e9:.2f} GB for 30 "
-              f"million, {8 * each * WEB / 1e9:.1f} GB in 8 processes |")
-        twice = [tar for tar in sorted(folder.glob("*.tar")) for _ in (0, 1)]
-        _, seconds = timed(lambda: s1.open_pairs(link_twice(folder, twice), 16, 8))
-        print(f"| index of the same with every key twice | {seconds:.0f} s |")
-        keys = pairs.name(range(min(1000, len(pairs)))) * (len(pairs) // 1000 + 1)
-        _, seconds = timed(lambda: s1.find_rows(pairs, keys))
-        print(f"| rows of {len(keys):,} keys | {seconds:.1f} s |")
-        _, seconds = timed(lambda: next(s1.draw_batches(WEB, 1, 0, 0, 1)))
-        print(f"| an epoch's order of 30 million pairs | {seconds:.1f} s, {8 * WEB / 1e9:.2f} GB |")
-        rows = np.random.default_rng(0).permutation(len(pairs))[:20000].reshape(-1, 500)
-        ahead = np.arange(rows.size).reshape(rows.shape) % len(pairs)
-        print(f"| reading and decoding, in order | {rate_of(pairs.parts(iter(ahead)))} |")
-        print(f"| reading and decoding, at random | {rate_of(pairs.parts(iter(rows)))} |")
-        print(f"| scoring from tars | {score_rate(pairs.take(ahead.ravel()))} |")
-        (folder / "new").mkdir()
-        rows = np.split(ahead.ravel(), 2)
-        _, seconds = timed(lambda: [s4.write_shard(folder / f"new/{k}.tar", pairs.take(
-            part)) for k, part in enumerate(rows)])
-        print(f"| new shards, by one of the cores | {ahead.size / seconds:,.0f} pairs a second |")
-    toy = s1.draw_toy(4000, 16, 0, "train")
-    print(f"| scoring resident pairs, one thread | {score_rate(toy)} |")
+def watch(command, limit=3600):
+    """Runs a stage for `limit` seconds at most: its seconds, and the most gigabytes that its first
+    process held, of its own and mapped."""
+    stage, *flags = command.split()
+    process = subprocess.Popen([sys.executable, str(ROOT / stage), *flags], stdout=sys.stderr)
+    began, most = time.monotonic(), [0, 0]
+    while process.poll() is None and time.monotonic() - began < limit:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        held = re.findall(r"Rss(?:Anon|File):\s+(\d+)", status) or (0, 0)
+        most = [max(a, int(b) / 1e6) for a, b in zip(most, held)]
+        time.sleep(0.05)
+    process.kill()
+    if process.wait() > 0:
+        raise SystemExit(f"{command} failed")
+    return time.monotonic() - began, *most
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pairs", type=int, default=1_000_000, help="toy pairs for the memory")
+    parser.add_argument("--jpeg", type=int, default=20_000, help="pictures packed into tars")
+    parser.add_argument("--ratings", type=int, default=30_000_000, help="that 04 selects from")
+    args = parser.parse_args(argv)
+    head("what", "measured")
+    with tempfile.TemporaryDirectory() as folder:
+        select(Path(folder), args.ratings)
+        prepare(Path(folder), args.jpeg)
+        data = f"--data {folder}/tars"
+        for command in (f"01_proxy.py {data} --steps 12", "02_meta_rater.py --steps 12",
+                        "03_score.py"):
+            watch(f"{command} --out {folder}/out")
+        start(f"{folder}/out")
+        for command in (f"01_proxy.py --pairs {args.pairs} --steps 100",
+                        "02_meta_rater.py --steps 100", "03_score.py", "04_select.py",
+                        "05_train_eval.py --smoke"):
+            seconds, own, mapped = watch(f"{command} --out {folder}/toy",
+                                         120 if command[1] == "5" else 3600)
+            show(f"{command.split()[0]} of {args.pairs:,} toy pairs",
+                 f"{seconds:.0f} s, {own:.2f} GB of its own, {mapped:.2f} GB mapped")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=1_000_000, help="packed into tars")
-    parser.add_argument("--ratings", type=int, default=WEB, help="that stage 4 selects from")
-    args = parser.parse_args()
-    main(args.pairs, args.ratings)
+    main()

@@ -1,60 +1,48 @@
-"""Stage 1: the loss and the sampler against closed forms, the toy pairs, the readers."""
-import io
-import json
+"""Stage 1: the loss and the sampler against closed forms, words, toy pairs, known data sets, the
+dials."""
+import gzip
+import hashlib
 import pickle
-import tarfile
-from types import SimpleNamespace
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from torchvision import datasets
+
+from common import collect
+from conftest import launch, prepare, write_fashion
 
 
+# ---- the loss, its noise, the sampler, the network -----------------------------------------------
 def test_flow_loss_closed_forms(stage):
     """t = 0 shows the net x, t = 1 shows it eps; the error is measured against eps - x."""
     x, eps, seen = torch.rand(2, 3, 8, 8), torch.randn(2, 3, 8, 8), []
-
-    def net(x_t, t, c):
-        seen.append(x_t)
-        return torch.full_like(x_t, 0.5)
-
-    loss = stage(1).flow_loss(net, x, None, torch.tensor([0.0, 1.0]), eps)
+    loss = stage(1).flow_loss(lambda x_t, t, c: seen.append(x_t) or torch.full_like(x_t, 0.5),
+                              x, None, torch.tensor([0.0, 1.0]), eps)
     assert torch.equal(seen[0][0], x[0]) and torch.equal(seen[0][1], eps[1])
     by_hand = [((0.5 - (eps[i] - x[i])) ** 2).sum() / x[i].numel() for i in range(2)]
     assert torch.allclose(loss, torch.stack(by_hand))
 
 
-def test_sampler_reaches_data_with_the_true_velocity(stage):
+def test_sampler_reaches_data_and_guidance_extrapolates_from_the_empty_caption(stage):
     x0, eps, c = torch.rand(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.ones(4, 5).long()
-
-    def net(x, t, c):                                # along the straight path the velocity is this
-        return (eps - x0).repeat(2, 1, 1, 1)
-    assert torch.allclose(stage(1).sample(net, c, eps, steps=3), x0, atol=1e-5)
-
-
-def test_guidance_extrapolates_from_the_empty_caption(stage):
-    def net(x, t, c):
-        return torch.where(c[:, :1, None, None] > 0, 0.1, 0.02).expand_as(x)
-    drawn = stage(1).sample(net, torch.ones(1, 5).long(), torch.zeros(1, 3, 8, 8), 4, guidance=3.0)
+    drawn = stage(1).sample(lambda x, t, c: (eps - x0).repeat(2, 1, 1, 1), c, eps, steps=3)
+    assert torch.allclose(drawn, x0, atol=1e-5)            # along the straight path
+    drawn = stage(1).sample(lambda x, t, c: torch.where(
+        c[:, :1, None, None] > 0, 0.1, 0.02).expand_as(x), c, 0 * eps, 4, guidance=3.0)
     assert torch.allclose(drawn, torch.tensor(-(0.02 + 3 * (0.1 - 0.02))))
-
-
-def test_patches_round_trip_and_the_untrained_net_is_zero(stage):
-    x = torch.randn(2, 3, 12, 12)
-    assert torch.equal(stage(1).unpatchify(stage(1).patchify(x, 4), 4, 12), x)
-    net = stage(1).DiT(12, 4, 16, 1, 5)
-    assert net(x, torch.rand(2), torch.ones(2, 5).long()).abs().max() == 0
 
 
 def test_the_proxy_reads_picture_time_and_caption(stage):
     """Whatever takes its place (README, "Fork it") has to, or eq. 6 compares two blind models."""
     torch.manual_seed(0)
     proxy = stage(1)
-    net = proxy.build_proxy(proxy.parse_args([]), "cpu")
+    net = proxy.build_proxy(proxy.parse_args([]), torch.device("cpu"))
+    x, t, c = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.6]), torch.randint(1, 99, (2, 8))
+    assert net(x, t, c).abs().max() == 0                   # untrained
     for p in net.parameters():                             # the zeros of the start let nothing out
         torch.nn.init.normal_(p, std=0.1)
-    x, t, c = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.6]), torch.randint(1, 99, (2, 8))
     v = net(x, t, c)
     assert v.shape == x.shape
     for other in ((x + 1, t, c), (x, t + 0.2, c), (x, t, c + 1)):
@@ -62,156 +50,14 @@ def test_the_proxy_reads_picture_time_and_caption(stage):
     assert torch.allclose(net(x[1:], t[1:], c[1:]), v[1:], atol=1e-5)         # pair by pair
 
 
-def test_noise_is_shifted_and_repeatable(stage):
-    x = torch.zeros(20000, 3, 1, 1)
-    t, eps = stage(1).draw_noise(x, stage(1).seeded("cpu", 1), shift=1.2)
-    again, _ = stage(1).draw_noise(x, stage(1).seeded("cpu", 1), shift=1.2)
+def test_noise_is_shifted_and_repeatable_and_captions_are_dropped(stage):
+    x, s1 = torch.zeros(20000, 3, 1, 1), stage(1)
+    t, eps = s1.draw_noise(x, s1.seeded("cpu", 1), shift=1.2)
+    again, _ = s1.draw_noise(x, s1.seeded("cpu", 1), shift=1.2)
     assert torch.equal(t, again) and abs(torch.logit(t).mean() - 1.2) < 0.03
     assert abs(eps.std() - 1) < 0.02
-
-
-def test_toy_strata_and_captions(stage):
-    """Captions name what is in the picture; every word of a wrong one but the grammar is false."""
-    proxy = stage(1)
-    pairs = proxy.draw_toy(2000, 16, 3, "train")
-    counts = {name: pairs.strata.count(name) / 2000 for name in proxy.STRATA}
-    assert counts == pytest.approx(proxy.STRATA, abs=1e-3)
-    palette = torch.tensor(list(proxy.COLOURS.values()))
-    nearest = ((pairs.images[:, :, 8, 8].int()[:, None] - palette) ** 2).sum(2).argmin(1)
-    for stratum, right in (("informative", 1.0), ("chaotic-caption", 0.0)):
-        rows = [i for i, name in enumerate(pairs.strata) if name == stratum]
-        named = [list(proxy.COLOURS)[nearest[i]] in pairs.captions[i] for i in rows]
-        assert np.mean(named) == pytest.approx(right, abs=0.03)
-
-
-def test_toy_splits_share_no_picture_and_follow_the_seed(stage):
-    train, val = (stage(1).draw_toy(300, 16, 0, split) for split in ("train", "val"))
-    assert set(val.strata) <= {"informative"}
-    assert not set(map(bytes, train.images.numpy())) & set(map(bytes, val.images.numpy()))
-    assert torch.equal(train.images, stage(1).draw_toy(300, 16, 0, "train").images)
-    assert not torch.equal(train.images, stage(1).draw_toy(300, 16, 1, "train").images)
-
-
-@pytest.mark.parametrize("caption", ["a red cat", "ein Käse", "红色的猫", "قط أحمر", "😀 😀", "!!!"])
-def test_captions_of_any_language_get_words(stage, caption):
-    ids = stage(1).find_word_rows(caption)
-    assert ids and all(0 < i < stage(1).VOCABULARY for i in ids)
-    assert len(stage(1).find_word_rows("红色的猫")) == 4
-    assert stage(1).tokenize([caption * 30], 8).shape == (1, 8)
-
-
-def test_every_epoch_shows_every_pair_once(stage):
-    for epoch in range(2):
-        rows = np.concatenate([*stage(1).draw_batches(12, 4, 0, epoch * 3, epoch * 3 + 3)])
-        assert sorted(rows) == list(range(12))
-
-
-def encode(mode, kind="PNG", size=(20, 14), colour=None):
-    """Bytes of a picture; `colour` where its pixels are to be checked."""
-    image = Image.new(mode, size, colour) if colour is not None else Image.new(mode, size)
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
-
-
-GOOD = {"rgb.jpg": encode("RGB", "JPEG"), "grey.png": encode("L"), "palette.png": encode("P"),
-        "clear.png": encode("RGBA", colour=(255, 0, 0, 0)), "cmyk.jpg": encode("CMYK", "JPEG"),
-        "deep.png": encode("I;16", colour=65535), "web.webp": encode("RGB", "WEBP")}
-BAD = {"cut.jpg": GOOD["rgb.jpg"][:300], "empty.png": b"", "page.jpg": b"<html>not found</html>"}
-
-
-def write_folder(folder):
-    """Seven good pictures and three broken ones with captions, and one good one without."""
-    for name, data in (GOOD | BAD).items():
-        file = folder / f"a {name}"
-        file.write_bytes(data)
-        file.with_suffix(".txt").write_text(f"caption of {name}", encoding="utf-8")
-    (folder / "silent.png").write_bytes(GOOD["grey.png"])
-    (folder / "silent.txt").write_text("  ")
-
-
-def write_tar(folder):
-    source = folder / "loose"
-    source.mkdir()
-    write_folder(source)
-    with tarfile.open(folder / "shard.tar", "w") as tar:
-        for file in sorted(source.iterdir()):
-            tar.add(file, file.name)
-        note = json.dumps({"caption": "from json", "stratum": "plain"}).encode()
-        for name, data in (("j.png", GOOD["grey.png"]), ("j.json", note)):
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return folder / "shard.tar"
-
-
-def write_table(folder, kind):
-    write_folder(folder)
-    rows = [(f"a {name}", f"table, {name}") for name in GOOD | BAD] + [("gone.png", "x")]
-    if kind == "csv":
-        lines = ["file_name,text", *(f'{name},"{text}"' for name, text in rows)]
-        (folder / "metadata.csv").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
-    else:
-        lines = [json.dumps({"file_name": name, "prompt": text}) for name, text in rows]
-        (folder / "metadata.jsonl").write_text("\n".join(lines + ["not json"]), encoding="utf-8")
-
-
-def read_pairs(stage, path):
-    return stage(1).keep_resident(stage(1).open_pairs(path, 16, 8))
-
-
-def test_reader_of_tar_shards(stage, tmp_path, capsys):
-    pairs = read_pairs(stage, write_tar(tmp_path))
-    assert len(pairs) == len(GOOD) + 1 and pairs.images.shape == (8, 3, 16, 16)
-    assert pairs.captions[pairs.keys.index("j")] == "from json"
-    assert pairs.strata[pairs.keys.index("j")] == "plain"
-    said = capsys.readouterr().out
-    assert said.count("unreadable image") == 2 and "skipped 1 (no caption)" in said
-
-
-def test_reader_of_a_folder_and_colour_modes(stage, tmp_path):
-    write_folder(tmp_path)
-    pairs = read_pairs(stage, tmp_path)
-    assert len(pairs) == len(GOOD)
-    colour = {key: image[:, 8, 8].tolist() for key, image in zip(pairs.keys, pairs.images)}
-    assert colour["a clear"] == [255] * 3            # transparent: white below
-    assert colour["a deep"] == [255] * 3             # 16 bit: the upper eight
-
-
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_reader_of_tables(stage, tmp_path, capsys, kind):
-    write_table(tmp_path, kind)
-    pairs = read_pairs(stage, tmp_path)
-    assert len(pairs) == len(GOOD) and pairs.captions[1] == "table, grey.png"
-    assert "image file missing" in capsys.readouterr().out
-
-
-def test_damaged_shard_keeps_what_came_before(stage, tmp_path, capsys):
-    path = write_tar(tmp_path)
-    path.write_bytes(path.read_bytes()[:6000])
-    assert len(read_pairs(stage, path)) >= 1
-    assert "damaged" in capsys.readouterr().out
-
-
-def test_clear_errors(stage, tmp_path):
-    args = SimpleNamespace(data=str(tmp_path), val=None, size=16, words=8, seed=0, batch_size=64,
-                           smoke=False, out=None, pairs=None, plant="")
-    write_folder(tmp_path)
-    for change, part in (({"data": "nowhere"}, "nowhere: no such file"), ({}, "fewer than")):
-        with pytest.raises(SystemExit, match=part):
-            stage(1).load_data(SimpleNamespace(**{**vars(args), **change}), "cpu")
-    with pytest.raises(SystemExit, match="run 01_proxy.py"):
-        stage(1).load(tmp_path / "proxy.pt", "01_proxy.py")
-
-
-def test_checkpoints_never_run_code(stage, tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "sprung"), "w"))
-    (tmp_path / "proxy.pt").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(SystemExit, match="cannot be read"):
-        stage(1).load(tmp_path / "proxy.pt", "01_proxy.py")
-    assert not (tmp_path / "sprung").exists()
+    kept = s1.drop_captions(torch.ones(20000, 3).long(), s1.seeded("cpu", 0))
+    assert (kept == kept[:, :1]).all() and abs(kept.float().mean() - 0.9) < 0.01
 
 
 def test_every_epoch_has_an_order_of_its_own_and_any_step_can_be_drawn_by_itself(stage):
@@ -222,3 +68,237 @@ def test_every_epoch_has_an_order_of_its_own_and_any_step_can_be_drawn_by_itself
     for first in range(9):
         assert [rows.tolist() for rows in stage(1).draw_batches(10, 3, 0, first, 9)] == batches[
             first:]
+
+
+@pytest.mark.parametrize("flags", [["--size", "18"], ["--size", "2"], ["--width", "30"]])
+def test_sizes_that_do_not_fit_are_named(stage, tmp_path, flags):
+    with pytest.raises(SystemExit, match="must be 4 or more and divide by --patch"):
+        launch(stage, 1, ["--out", str(tmp_path), *flags])
+
+
+def test_checkpoints_never_run_code(stage, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+    s1, path = stage(1), tmp_path / "proxy.pt"
+    path.write_bytes(pickle.dumps(Trap(), protocol=2))
+    with pytest.raises(SystemExit, match="not as 01_proxy.py wrote"):
+        s1.load(path, "01_proxy.py")
+    s1.record(path, "01_proxy.py", [], settings={})        # even one whose record fits
+    with pytest.raises((SystemExit, pickle.UnpicklingError)):
+        s1.load(path, "01_proxy.py")
+    assert not (tmp_path / "sprung").exists()
+
+
+# ---- words --------------------------------------------------------------------------------------
+WORDS = {                  # of a script, that differ in vowel signs, tones or points alone
+    "Hindi": "कमल कमाल कमली कमला कि की कु कू के", "Bengali": "কি কী কা কু কে",
+    "Thai": "กิน กัน กีน กึน มี มิ มื", "Lao": "ກິນ ກີນ ກຶນ", "Khmer": "កា កិ កី កុ កែ",
+    "Burmese": "ကာ ကိ ကီ ကု ကေ", "Tamil": "கா கி கீ கு", "Telugu": "కా కి కీ కు",
+    "Kannada": "ಕಾ ಕಿ ಕು", "Malayalam": "കാ കി കു", "Gujarati": "કા કિ કુ", "Gurmukhi": "ਕਾ ਕਿ ਕੁ",
+    "Sinhala": "කා කි කු", "Tibetan": "ཀི ཀུ ཀེ", "Javanese": "ꦏꦶ ꦏꦸ ꦏꦺ", "Chakma": "𑄇𑄨 𑄇𑄪 𑄇𑄬",
+    "Hebrew": "סֵפֶר סַפָּר סְפָר", "Arabic": "كَتَبَ كُتُب كِتاب", "Yoruba": "ọ̀kọ ọ́kọ ọkọ",
+    "Vietnamese": "ma má mà mả mã mạ", "Russian": "кот кит кот́", "Latin": "cat cut cot 12 ½",
+}
+
+
+@pytest.mark.parametrize("script", WORDS)
+def test_words_of_every_script_have_rows_of_their_own(stage, script):
+    words = WORDS[script].split()
+    rows = stage(1).tokenize(words, 4)
+    assert (rows[:, 0] > 0).all() and (rows[:, 1:] == 0).all()                # one word each
+    assert len(set(rows[:, 0])) == len(words)
+    for form in ("NFC", "NFD"):
+        other = [unicodedata.normalize(form, word).upper() for word in words]
+        assert (stage(1).tokenize(other, 4) == rows).all()
+    sentence = stage(1).tokenize([", ".join(words)], 16)[0]
+    assert sentence[:len(words)].tolist() == rows[:, 0].tolist() and not sentence[len(words):].any()
+
+
+def test_captions_of_any_kind_get_words(stage):
+    captions = ["红色的猫", "赤いネコ", "빨간", "😀 😀", "😁", "!!!", "❤️", "☀️", "3️⃣", "a ❤️ cat", "a cat"]
+    rows = stage(1).tokenize([*captions, "word " * 30, ""], 4)
+    assert rows.dtype == np.int16 and ((0 <= rows) & (rows < stage(1).VOCABULARY)).all()
+    assert (rows > 0).sum(1).tolist() == [4, 4, 2, 2, 1, 1, 1, 1, 1, 2, 2, 4, 0]
+    assert len(set(rows[3:9, 0])) == 6 and (rows[9] == rows[10]).all()
+
+
+# ---- toy pairs -----------------------------------------------------------------------------------
+def test_toy_strata_and_captions(stage):
+    """Captions name what is in the picture; every word of a wrong one but the grammar is false."""
+    proxy = stage(1)
+    pairs = collect(proxy.draw_toy(2000, 16, 3, "train"))
+    strata, captions = pairs.strata(), pairs.read("caption")
+    shares = {name: (strata == name).mean() for name in proxy.STRATA}
+    assert shares == pytest.approx(proxy.STRATA, abs=1e-3)
+    palette = np.array(list(proxy.COLOURS.values()))
+    nearest = ((pairs.images[:, None, :, 8, 8] - palette) ** 2.0).sum(2).argmin(1)
+    for stratum, right in (("informative", 1.0), ("chaotic-caption", 0.0)):
+        named = [list(proxy.COLOURS)[nearest[k]] in captions[k]
+                 for k in np.flatnonzero(strata == stratum)]
+        assert np.mean(named) == pytest.approx(right, abs=0.03)
+    assert {captions[k] for k in np.flatnonzero(strata == "plain")} == {proxy.PLAIN_CAPTION}
+    spread = pairs.images.std((1, 2, 3))
+    assert spread[strata == "plain"].max() < 20 and spread[strata == "chaotic-noise"].min() > 40
+
+
+def test_toy_splits_share_no_picture_and_follow_the_seed(stage):
+    train, val, again, other, rest = (
+        collect(stage(1).draw_toy(300, 16, seed, split, first)) for seed, split, first in (
+            (0, "train", 0), (0, "val", 0), (0, "train", 0), (1, "train", 0), (0, "train", 300)))
+    assert set(val.strata()) == {"informative"}
+    for pairs in (val, other, rest):
+        assert not set(map(bytes, train.images)) & set(map(bytes, pairs.images))
+    assert (train.images == again.images).all() and not set(train.read("key")) & set(
+        rest.read("key"))
+
+
+# ---- data sets that everyone knows ---------------------------------------------------------------
+def write_cifar(root, monkeypatch, kind):
+    """A tiny CIFAR10 or CIFAR100 in the real file format, under its own check sums: their files."""
+    folder, key = root / kind.base_folder, kind.meta["key"]
+    folder.mkdir(parents=True)
+    labels = [k % 10 for k in range(120)]
+    blob = pickle.dumps({
+        "data": np.repeat(np.array(labels, np.uint8)[:, None] * 20, 3072, axis=1),
+        "labels" if key == "label_names" else "fine_labels": labels,
+        key: ["aquarium_fish" if k == 1 else "orchid" for k in range(100)]})
+    check = hashlib.md5(blob).hexdigest()
+    names = [name for name, _ in kind.train_list + kind.test_list] + [kind.meta["filename"]]
+    for name in names:
+        (folder / name).write_bytes(blob)
+    for part in ("train_list", "test_list"):
+        monkeypatch.setattr(kind, part, [[name, check] for name, _ in getattr(kind, part)])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": check})
+    return names
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def unreachable(*args, **how):
+        raise OSError("no network\nat all")
+    for module in ("mnist", "cifar"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive",
+                            unreachable)
+
+
+def test_a_data_set_gives_captions_from_classes_and_splits_that_share_nothing(stage, tmp_path):
+    write_fashion(tmp_path)
+    flags = "--data", "FashionMNIST", "--root", tmp_path, "--batch-size", "8"
+    found = prepare(stage, tmp_path / "out", *flags)
+    keys = {split: pairs.read("key") for split, pairs in found.items()}
+    assert [len(keys[split]) for split in ("train", "val", "test")] == [208, 52, 60]
+    assert not set(keys["train"]) & set(keys["val"])
+    assert all(key.startswith("test") for key in keys["test"])
+    for split, pairs in found.items():
+        assert pairs.images.shape[1:] == (3, 16, 16) and set(pairs.strata()) == {"informative"}
+        for key, row, caption in zip(keys[split], pairs.rows, pairs.read("caption")):
+            label = int(key.lstrip("trainest")) % 10
+            assert (pairs.images[row] == 20 * label).all()             # picture and caption agree
+            assert caption == stage(1).name_class(datasets.FashionMNIST.classes[label])
+    part = prepare(stage, tmp_path / "out", *flags, "--pairs", "100")
+    assert len(part["train"]) == 100 and part["val"].read("key") == keys["val"]
+    assert set(part["train"].read("key")) < set(keys["train"])
+
+
+def test_class_names_are_read_as_a_person_says_them(stage):
+    names = ["T-shirt/top", "Ankle boot", "8 - eight", "1 - one", "aquarium_fish", "airplane"]
+    assert [stage(1).name_class(name) for name in names] == [f"a photo of {words}" for words in (
+        "a t-shirt", "an ankle boot", "an eight", "a one", "an aquarium fish", "an airplane")]
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+OTHER = "t10k-labels-idx1-ubyte"
+# what stands in the place of files of a data set: functions of the raw folder
+WRONG = {
+    "nothing": lambda raw: [file.unlink() for file in raw.iterdir()],
+    "HTML": lambda raw: (raw / IMAGES).write_bytes(b"<html>404</html>"),
+    "HTML for labels": lambda raw: (raw / LABELS).write_bytes(b"<!DOCTYPE html>" * 30),
+    "cut": lambda raw: (raw / IMAGES).write_bytes((raw / IMAGES).read_bytes()[:1000]),
+    "gzip": lambda raw: (raw / IMAGES).write_bytes(gzip.compress((raw / IMAGES).read_bytes())),
+    "gzip of labels": lambda raw: (raw / OTHER).write_bytes(gzip.compress(
+        (raw / OTHER).read_bytes())),
+    "labels of the other split": lambda raw: (raw / LABELS).write_bytes((raw / OTHER).read_bytes()),
+    "pictures of the other split": lambda raw: (raw / IMAGES).write_bytes(
+        (raw / "t10k-images-idx3-ubyte").read_bytes()),
+    "labels for pictures": lambda raw: (raw / IMAGES).write_bytes((raw / LABELS).read_bytes()),
+    "a label beyond the classes": lambda raw: (raw / LABELS).write_bytes(
+        (raw / LABELS).read_bytes()[:-1] + b"\x0a"),
+    "labels of letters in the test": lambda raw: (raw / OTHER).write_bytes(
+        (raw / OTHER).read_bytes()[:-2] + b"\x1a\x01"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", ["FashionMNIST", "MNIST"])
+def test_wrong_files_of_a_data_set_end_in_one_line_with_all_names(stage, tmp_path, offline, wrong,
+                                                                  name):
+    write_fashion(tmp_path)
+    (tmp_path / "FashionMNIST").rename(tmp_path / name)
+    WRONG[wrong](tmp_path / name / "raw")
+    with pytest.raises(SystemExit, match=f"{name} could not be read or downloaded") as stop:
+        prepare(stage, tmp_path, "--data", name, "--root", tmp_path)
+    text = str(stop.value)
+    assert "\n" not in text and f"{tmp_path}/{name}/raw" in text and "--root" in text
+    for file in (IMAGES, LABELS, OTHER, "t10k-images-idx3-ubyte"):
+        assert f"{file}," in text or f"{file} into" in text
+    assert not (tmp_path / "pairs").exists()
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_cifar_in_its_own_files_or_in_wrong_ones(stage, tmp_path, monkeypatch, offline, name):
+    kind = getattr(datasets, name)
+    files, flags = write_cifar(tmp_path, monkeypatch, kind), ["--data", name, "--root", tmp_path]
+    assert len(files) == 7 if name == "CIFAR10" else 3
+    pairs = prepare(stage, tmp_path / "out", *flags, "--batch-size", "8")["train"]
+    for key, row, caption in zip(pairs.read("key"), pairs.rows, pairs.read("caption")):
+        label = int(key.removeprefix("train")) % 120 % 10
+        assert (pairs.images[row] == 20 * label).all()
+        assert caption.endswith("aquarium fish" if label == 1 else "orchid")
+    for file in files:
+        path = tmp_path / kind.base_folder / file
+        sound = path.read_bytes()
+        for data in (b"<html>", sound[:-3], None):
+            path.write_bytes(data) if data else path.unlink()
+            with pytest.raises(SystemExit, match="could not be read or downloaded: put") as stop:
+                prepare(stage, tmp_path, *flags)
+            assert all(name in str(stop.value) for name in files) and "\n" not in str(stop.value)
+        path.write_bytes(sound)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_with_the_cure(stage, tmp_path, monkeypatch,
+                                                                  offline):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_HOME", f"{tmp_path}/file")
+    for flags in (["FashionMNIST"], ["CIFAR100"], ["CIFAR10", "--root", f"{tmp_path}/file/root"]):
+        with pytest.raises(SystemExit, match="could not be read or downloaded.*--root") as stop:
+            launch(stage, 1, ["--out", str(tmp_path), "--data", *flags])
+        assert "\n" not in str(stop.value)
+
+
+def test_trusted_files_are_not_ignored(stage):
+    for data in ("toy", "FashionMNIST", "own"):
+        with pytest.raises(SystemExit, match="--val goes with files"):
+            stage(1).parse_args(["--data", data, "--val", "trusted"])
+
+
+# ---- the dials -----------------------------------------------------------------------------------
+def test_captions_read_at_a_proxy_that_reads_them_and_at_one_that_does_not(stage):
+    def know(reads):
+        """A proxy that knows from the caption how bright the picture is, or ignores it."""
+        return lambda x_t, t, c: (x_t - reads * c[:, :1, None, None] / 10) / t[:, None, None, None]
+    pairs = collect(("", np.full((3, 4, 4), 127.5 * (k / 10 + 1), np.uint8), "", "")
+                    for k in range(1, 10))
+    pairs.tokens = np.arange(1, 10, dtype=np.int16)[:, None]
+    assert stage(1).read_captions(know(1), pairs, 0) == 1
+    assert stage(1).read_captions(know(0), pairs, 0) == 0         # no loss differs at all
+    pairs.tokens = np.ones((9, 1), np.int16)
+    assert np.isnan(stage(1).read_captions(know(1), pairs, 0))
+
+
+@pytest.mark.parametrize("value, words", [(0.9, "are found"), (0.7, "are hardly found"),
+                                          (0.51, "are not found"), (0.0, "are not found")])
+def test_a_verdict_says_the_number_its_chance_and_below_the_mark_the_cure(stage, value, words):
+    text = stage(1).say("they are {}found", value, 0.5, 0.8, "look closer")
+    assert words in text and ("look closer" in text) == (value < 0.8)
+    assert f"{value:.2f} (0.5 is chance)" in text

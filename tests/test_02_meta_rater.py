@@ -1,9 +1,9 @@
 """Stage 2: every equation against an independent answer."""
-import math
 import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from common import collect
 from conftest import launch
@@ -87,25 +87,29 @@ def spearman(a, b):
     return torch.corrcoef(ranks)[0, 1].item()
 
 
+def descend_by_hand(stage, net, W, train, val, beta, steps):
+    """`steps` plain gradient steps of eq. 3, or of eq. 5 where there is a `val`."""
+    for _ in range(steps):
+        loss = (W * stage(1).flow_loss(net, *train)).sum()
+        loss = loss + stage(1).flow_loss(net, *val).mean() if val else loss
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+        with torch.no_grad():
+            for p, g in zip(net.parameters(), grads):
+                p -= beta * g
+    return net
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 def test_eq6_with_shared_noise_is_the_unrolled_meta_gradient(stage, steps):
     """Rank correlation near 1 with one noise for both proxies, far below with two."""
-    flow_loss, n, beta = stage(1).flow_loss, 32, 0.01
-    proxy, train, val = make_proxy(stage), make_batch(n, 100), make_batch(n, 200)
+    n, beta, train, val = 32, 0.01, make_batch(32, 100), make_batch(32, 200)
     W = torch.full((n,), 1 / n)
-    exact = stage(2).exact_meta_gradient(proxy, train, val, W, beta, steps)
-    nets = [make_proxy(stage) for _ in range(2)]               # theta, theta_hat
-    for _ in range(steps):
-        for net, with_val in zip(nets, (True, False)):
-            loss = (W * flow_loss(net, *train)).sum()
-            loss = loss + flow_loss(net, *val).mean() * with_val
-            grads = torch.autograd.grad(loss, list(net.parameters()))
-            with torch.no_grad():
-                for p, g in zip(net.parameters(), grads):
-                    p -= beta * g
+    exact = stage(2).exact_meta_gradient(make_proxy(stage), train, val, W, beta, steps)
+    nets = [descend_by_hand(stage, make_proxy(stage), W, train, with_val, beta, steps)
+            for with_val in (val, None)]                       # theta, theta_hat
     other = (*train[:2], *make_batch(n, 300)[2:])
     with torch.no_grad():
-        theta, hat, far = (flow_loss(*pair) for pair in (
+        theta, hat, far = (stage(1).flow_loss(*pair) for pair in (
             (nets[0], *train), (nets[1], *train), (nets[1], *other)))
     assert spearman(theta - hat, exact) > 0.97
     assert spearman(theta - far, exact) < 0.9
@@ -114,27 +118,17 @@ def test_eq6_with_shared_noise_is_the_unrolled_meta_gradient(stage, steps):
 
 
 def test_exact_meta_gradient_against_finite_differences(stage):
-    proxy, n = make_proxy(stage).double(), 6
-    train, val = ([v.double() if v.is_floating_point() else v for v in make_batch(n, k)]
+    train, val = ([v.double() if v.is_floating_point() else v for v in make_batch(6, k)]
                   for k in (1, 2))
-    W = torch.rand(n).double()
-    exact = stage(2).exact_meta_gradient(proxy, train, val, W, 0.1, 2)
-
-    def L_val(W):
-        copy = make_proxy(stage).double()
-        for _ in range(2):
-            grads = torch.autograd.grad((W * stage(1).flow_loss(copy, *train)).sum(),
-                                        list(copy.parameters()))
-            with torch.no_grad():
-                for p, g in zip(copy.parameters(), grads):
-                    p -= 0.1 * g
-        with torch.no_grad():
-            return stage(1).flow_loss(copy, *val).mean()
+    W = torch.rand(6).double()
+    exact = stage(2).exact_meta_gradient(make_proxy(stage).double(), train, val, W, 0.1, 2)
     for i in range(3):
-        step = torch.zeros(n).double()
-        step[i] = 1e-5
-        numeric = (L_val(W + step) - L_val(W - step)) / 2e-5
-        assert numeric.item() == pytest.approx(exact[i].item(), rel=1e-3)
+        step = 1e-5 * F.one_hot(torch.tensor(i), 6)
+        nets = [descend_by_hand(stage, make_proxy(stage).double(), W + sign * step, train, None,
+                                0.1, 2) for sign in (1, -1)]
+        with torch.no_grad():
+            high, low = (stage(1).flow_loss(net, *val).mean().item() for net in nets)
+        assert (high - low) / 2e-5 == pytest.approx(exact[i].item(), rel=1e-3)
 
 
 # ---- what is added to the paper ----------------------------------------------------------------
@@ -162,13 +156,13 @@ def test_the_signal_is_ranked_in_its_group_and_its_total_among_groups(stage):
     normal = torch.distributions.Normal(0.0, 1.0)
     assert torch.allclose(scores, normal.icdf(torch.tensor([[3.0, 1.0, 7.0, 5.0]]) / 8), atol=1e-5)
     assert stage(2).rank_normal(torch.tensor([3.0])).abs() < 1e-6
-    signal = torch.tensor([[3.0, -1.0, 0.0], [90.0, 0.1, 0.2], [-5.0, 0.0, 1.0]])
+    signal = torch.tensor([[3.0, -1.0, 0.0], [0.1, 90.0, 0.2], [-5.0, 0.0, 1.0]])
     W = torch.full((3, 3), 1 / 3)                          # totals 0.7, 30.1 and -1.3
     low, middle, high = stage(2).rank_normal(torch.arange(3.0))
     for drift in (0, 1000):
         s, s_group = stage(2).rank_signal(signal + drift, W)
         assert torch.equal(s, torch.stack([torch.stack(row) for row in (
-            (high, low, middle), (high, low, middle), (low, middle, high))]))
+            (high, low, middle), (low, high, middle), (low, middle, high))]))
         assert torch.equal(s_group, torch.stack([middle, high, low])[:, None])
 
 
@@ -231,18 +225,14 @@ def test_a_meta_step_moves_each_net_by_its_own_equation(stage, signal, steps, re
 def test_the_rater_rests_in_the_first_step_and_in_no_other(stage):
     """Nor in the first step of a run that is continued."""
     pairs = collect(stage(1).draw_toy(32, SIZE, 0, "val"), WORDS)
-    raters = []
-    for steps in (1, 2):
+    for done, steps, rests in ((0, 1, True), (0, 2, False), (1, 2, False)):
         args = stage(2).parse_args(["--batch-size", "8", "--steps", str(steps)])
         nets, _ = make_nets(stage)
         first, progress = flat(nets["rater"]), stage(1).Progress()
+        progress.step = done
         stage(2).learn(nets, pairs, pairs, args, 0, progress)
-        raters.append(torch.equal(flat(nets["rater"]), first))
-    nets, _ = make_nets(stage)
-    progress.step = 1
-    stage(2).learn(nets, pairs, pairs, args, 0, progress)
-    raters.append(torch.equal(flat(nets["rater"]), first))
-    assert raters == [True, False, False] and len(progress.log) == 3
+        assert torch.equal(flat(nets["rater"]), first) == rests
+        assert len(progress.log) == steps - done
 
 
 # ---- the stage ---------------------------------------------------------------------------------
@@ -250,12 +240,11 @@ def test_collapse_is_said_in_words(stage):
     def warn(**health):
         numbers = {"ess": 0.8, "W_batch": 0.5, "logit_std": 0.4} | health
         return stage(2).warn_of_collapse(*(numbers.get(name, 0.0) for name in stage(2).COLUMNS))
-    signs = {"few pairs": {"ess": 0.1}, "alike": {"logit_std": 0.001}, "is stuck": {"W_batch": 1e-3}}
+    signs = {"few pairs": {"ess": 0.1}, "alike": {"logit_std": 1e-3}, "is stuck": {"W_batch": 1e-3}}
     assert warn() == ""
     for sign, health in signs.items():
         assert [other for other in signs if other in warn(**health)] == [sign]
-    both = warn(ess=0.1, W_batch=0.9999)
-    assert "COLLAPSE" in both and "few pairs" in both and "is stuck" in both
+    assert stage(1).re.search("COLLAPSE: a few pairs.*; .* is stuck", warn(ess=0.1, W_batch=0.9999))
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -279,7 +268,6 @@ def test_both_proxies_start_from_the_warm_one_and_end_in_one_file(stage, chain, 
     for name in ("proxy", "ref"):
         assert all(torch.allclose(weights[name][key], warm[key], atol=1e-6) for key in warm)
     assert (out / "rater.pt").read_bytes() == (chain / "rater.pt").read_bytes()
-    head, *rows = (out / "rater-loss.csv").read_text().splitlines()
-    assert head.split(",") == ["step", *stage(2).COLUMNS] and len(rows) == 1
-    numbers = dict(zip(head.split(","), map(float, rows[0].split(","))))
-    assert abs(numbers["gap_mean"]) < 1e-6 and math.isfinite(numbers["grad_norm"])
+    head, row = (out / "rater-loss.csv").read_text().splitlines()
+    numbers = dict(zip(head.split(","), map(float, row.split(","))))
+    assert list(numbers) == ["step", *stage(2).COLUMNS] and abs(numbers["gap_mean"]) < 1e-6

@@ -4,12 +4,14 @@ import gzip
 import hashlib
 import shutil
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.models import inception_v3
 
 from conftest import launch
 
@@ -39,45 +41,20 @@ def make_images(n, size, rng):
 
 
 def fid_features(net, x, patched=True):
-    """The FID network written out: every pool of the nine blocks as pytorch-fid defines it."""
-    def average(h):
-        if patched:
-            ones = F.avg_pool2d(torch.ones_like(h[:1, :1]), 3, 1, 1)
-            return F.avg_pool2d(h, 3, 1, 1) / ones           # a mean over what is not padding
-        return F.avg_pool2d(h, 3, 1, 1)
+    """torchvision's own network with the numbers of `net`, where the nine pools that average over
+    padding are replaced as pytorch-fid defines them."""
+    average, calls = F.avg_pool2d, []
 
-    def block_a(b, h):
-        double = b.branch3x3dbl_3(b.branch3x3dbl_2(b.branch3x3dbl_1(h)))
-        five = b.branch5x5_2(b.branch5x5_1(h))
-        return torch.cat([b.branch1x1(h), five, double, b.branch_pool.conv_bn(average(h))], 1)
-
-    def block_c(b, h):
-        seven, double = b.branch7x7_3(b.branch7x7_2(b.branch7x7_1(h))), h
-        for k in range(1, 6):
-            double = getattr(b, f"branch7x7dbl_{k}")(double)
-        return torch.cat([b.branch1x1(h), seven, double, b.branch_pool.conv_bn(average(h))], 1)
-
-    def block_e(b, h, pool):
-        three = b.branch3x3_1(h)
-        double = b.branch3x3dbl_2(b.branch3x3dbl_1(h))
-        return torch.cat([b.branch1x1(h), b.branch3x3_2a(three), b.branch3x3_2b(three),
-                          b.branch3x3dbl_3a(double), b.branch3x3dbl_3b(double),
-                          b.branch_pool.conv_bn(pool(h))], 1)
-
-    for module in net.modules():                             # around the hooks under test
-        if type(module).__name__ == "BasicConv2d":
-            module.conv_bn = lambda h, m=module: F.relu(m.bn(m.conv(h)))
-    h = net.Conv2d_2b_3x3(net.Conv2d_2a_3x3(net.Conv2d_1a_3x3(x)))
-    h = net.Conv2d_4a_3x3(net.Conv2d_3b_1x1(F.max_pool2d(h, 3, 2)))
-    h = F.max_pool2d(h, 3, 2)
-    for name in ("5b", "5c", "5d"):
-        h = block_a(getattr(net, f"Mixed_{name}"), h)
-    h = net.Mixed_6a(h)
-    for name in ("6b", "6c", "6d", "6e"):
-        h = block_c(getattr(net, f"Mixed_{name}"), h)
-    h = block_e(net.Mixed_7b, net.Mixed_7a(h), average)
-    last = (lambda v: F.max_pool2d(v, 3, 1, 1)) if patched else average
-    return block_e(net.Mixed_7c, h, last).mean((2, 3))
+    def pool(h, **how):
+        calls.append(how)
+        if len(calls) == 9:
+            return F.max_pool2d(h, 3, 1, 1)
+        return average(h, **how) / average(torch.ones_like(h), **how)  # a mean without the padding
+    plain = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    plain.load_state_dict(net.state_dict(), strict=False)
+    plain.fc = nn.Identity()
+    with mock.patch.object(F, "avg_pool2d", pool if patched else average):
+        return plain.eval()(x)
 
 
 @pytest.fixture(scope="module")
@@ -237,9 +214,10 @@ def weights(stage, inception, tmp_path, monkeypatch):
     state = inception.state_dict() | {"fc.weight": torch.zeros(1008, 2048),
                                       "fc.bias": torch.zeros(1008)}
     torch.save(state, folder / "inception.pth")
-    save_archive(folder / "clip.pt", make_clip_state(words=515))     # 512 symbols, a merge, two ends
+    save_archive(folder / "clip.pt", make_clip_state(words=515))   # 512 symbols, a merge, two ends
     (folder / "bpe.gz").write_bytes(gzip.compress(b"#version\nh e\n"))
-    for what, name in (("inception", "inception.pth"), ("clip", "clip.pt"), ("clip_vocab", "bpe.gz")):
+    names = {"inception": "inception.pth", "clip": "clip.pt", "clip_vocab": "bpe.gz"}
+    for what, name in names.items():
         digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         monkeypatch.setitem(stage(5).WEIGHTS, what, (f"https://example.org/files/{name}", digest))
     return folder

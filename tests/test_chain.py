@@ -4,7 +4,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 
 from conftest import launch, run, write_pictures
 from test_faults import SELECTED, copy, without_clock
@@ -23,8 +22,9 @@ def test_the_chain_writes_what_its_docstrings_promise(stage, chain):
                                            *(f"{name}.npy" for name in made))}
     found = {str(file.relative_to(chain)) for file in chain.rglob("*") if file.is_file()}
     assert found == names and all((chain / name).stat().st_size for name in names)
-    for name in ("proxy.json", "rater.json", "ratings.json", "selected-topk-0.5.json"):
-        assert {"written_by", "digest", "grew_from"} <= json.loads((chain / name).read_text()).keys()
+    for name in ("proxy", "rater", "ratings", "selected-topk-0.5"):
+        record = json.loads((chain / f"{name}.json").read_text())
+        assert {"written_by", "digest", "grew_from"} <= record.keys()
     rows = without_clock(chain / "results.csv")
     assert len(rows) == 20 and {row["seed"] for row in rows} == {"0", "1"}
     assert {row["arm"] for row in rows} == {arm.name for arm in stage(5).ARMS}
@@ -54,20 +54,20 @@ def test_strata_decide_nothing(stage, chain, tmp_path, monkeypatch):
 def test_own_pictures_without_strata_or_validation(stage, tmp_path, monkeypatch, capsys):
     """A folder goes through all five stages, under a relative path and from another folder each
     time; 03 also rates pairs that nobody trained on, beside the first ones."""
-    write_pictures(stage, tmp_path / "pictures", 300)
+    write_pictures(stage, tmp_path / "pictures", 400)
     write_pictures(stage, tmp_path / "more", 40, "test")
     out = tmp_path / "out"
     for number, flags in (
             (1, ["--data", "pictures", "--smoke"]), (2, ["--smoke"]), (3, []), (4, []),
             (5, [*SELECTED, "out/selected-topk-0.5.csv"]), (3, ["--data", "more"]),
-            (4, ["--ratings", "out/ratings-of-more.npy", "--write-shards", str(tmp_path / "half")])):
+            (4, ["--ratings", "out/ratings-of-more.npy", "--write-shards", "half"])):
         (tmp_path / str(number)).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path if flags else tmp_path / str(number))
         launch(stage, number, [*flags, "--out", str(out)])
     said = capsys.readouterr().out
     assert "more of the same" in said and "AUC" not in said
     table = np.load(out / "ratings.npy")
-    assert len(table) == int(said.split("pairs: ")[1].split()[0]) and abs(len(table) - 270) < 20
+    assert len(table) == int(said.split("\npairs: ")[1].split()[0]) < 390
     keys = [row["key"] for row in without_clock(out / "ratings-of-more.csv")]
     assert keys == [f"test{k:06d}" for k in range(40)]
     assert len(list((tmp_path / "half").iterdir())) == 1
@@ -86,7 +86,7 @@ def test_own_pictures_without_strata_or_validation(stage, tmp_path, monkeypatch,
     ("01_proxy.py --size 17", "divide by --patch"),
     ("01_proxy.py --size 2 --patch 2", "must be 4 or more"),
     ("01_proxy.py --val here", "--val goes with files"),
-    ("01_proxy.py --smoke --batch-size 100", "has 64 readable pairs, fewer than 100: add pairs, or"),
+    ("01_proxy.py --smoke --batch-size 100", "64 readable pairs, fewer than 100: add pairs, or"),
     ("01_proxy.py --steps 0", "--steps 0: a number from 1 up is needed"),
     ("01_proxy.py --lr nan", "--lr nan: a number from 0 up is needed"),
     ("01_proxy.py --compile", "--compile: no such option"),
@@ -124,17 +124,3 @@ def test_a_terminal_and_file_names_of_plain_letters(stage, chain, tmp_path, monk
     done = run(f"01_proxy.py --data {tmp_path}/фото --val {tmp_path}/фото --smoke --out {out}")
     assert done.returncode == 0, done.stderr
     assert "pictures of the val split are training pictures" in done.stdout
-
-
-@pytest.mark.parametrize("left", [{"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "2"},
-                                  {"LOCAL_RANK": ""}, {"LOCAL_RANK": "1", "MASTER_ADDR": "x"}])
-def test_what_a_launcher_left_behind_does_not_matter(stage, tmp_path, monkeypatch, left):
-    """Also on a GPU, which is made up here. The precision there is bf16, unless --fp32 is asked."""
-    chosen, seen = [], []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for name, value in left.items():
-        monkeypatch.setenv(name, value)
-    stage(1).launch(lambda args, device: seen.append((stage(1).world(), device.type)),
-                    stage(1).parse_args(["--out", str(tmp_path)]))
-    assert seen == [(1, "cuda")] and chosen == [int(left.get("LOCAL_RANK") or 0)]

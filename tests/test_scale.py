@@ -1,170 +1,171 @@
-"""Corpora larger than memory: the index, reading from tars, streaming scores, writing shards."""
-import csv
+"""Corpora of tars: read as WebDataset's rule says, rated elsewhere than trained, taken home as new
+tars."""
 import io
-import shlex
-import shutil
+import json
+import os
 import tarfile
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from conftest import ROOT, launch, run
+from conftest import encode, launch, prepare, write, write_pictures, write_tar
+
+
+def read_by_webdataset(paths):
+    """[(key, {suffix: bytes})] of tars by WebDataset's rule, written anew from its description: the
+    key ends at the first dot of the base name, a pair is a run of members of one key."""
+    runs = []
+    for path in paths:
+        last = None
+        with tarfile.open(path) as tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                head, _, base = member.name.rpartition("/")
+                key, _, kind = base.partition(".")
+                key = f"{head}/{key}" if head else key
+                if key != last:
+                    runs.append((key, {}))
+                runs[-1][1][kind], last = tar.extractfile(member).read(), key
+    return runs
+
+
+def picture(rng):
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(256, size=(*rng.integers(16, 40, 2), 3), dtype=np.uint8)).save(
+        file, rng.choice(["PNG", "WEBP"]), **{"lossless": True})
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
-def tars(stage, tmp_path_factory):
-    """1,300 toy pairs in three tars, more than the workers' threshold, and the pairs themselves."""
-    folder, pairs = tmp_path_factory.mktemp("tars"), stage(1).draw_toy(1300, 16, 7, "train")
-    for number, rows in enumerate(np.array_split(np.arange(1300), 3)):
-        with tarfile.open(folder / f"train-{number}.tar", "w") as tar:
-            for row in rows:
-                file = io.BytesIO()
-                Image.fromarray(pairs.images[row].permute(1, 2, 0).numpy()).save(file, "PNG")
-                caption = pairs.captions[row].encode()
-                for kind, data in ((".png", file.getvalue()), (".txt", caption),
-                                   (".cls", b"kept as it is")):
-                    member = tarfile.TarInfo(pairs.keys[row] + kind)
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-    return folder, pairs
+def tars(tmp_path_factory):
+    """600 pairs in three tars, with other files, files without a picture, and suffixes of two
+    words."""
+    folder, rng = tmp_path_factory.mktemp("tars"), np.random.default_rng(0)
+    for number in range(3):
+        files = {}
+        for k in range(200):
+            key = f"{rng.choice(['', 'a/', 'v1.0/b c/'])}{number}{k:03d}"
+            kinds = {"jpg": picture(rng), "txt": f"caption {rng.integers(100)}".encode(),
+                     "cls": b"7", "seg.png": encode(colour=(k, 0, 0)), "json": b'{"caption": "no"}'}
+            if k % 50 == 3:
+                del kinds["txt"], kinds["json"]
+            if k % 50 == 4:
+                del kinds["jpg"], kinds["seg.png"]
+            files |= {f"{key}.{kind}": kinds[kind] for kind in rng.permutation(list(kinds))}
+        write_tar(folder / f"train-{number}.tar", files)
+    return folder
 
 
-def test_index_finds_every_pair_and_reads_it_in_place(stage, tars):
-    """Random rows through the workers: the same pictures, captions and keys as were packed."""
-    folder, pairs = tars
-    shards = stage(1).open_pairs(folder / "train-*.tar", 16, 8)
-    assert len(shards) == 1300 and shards.entries.itemsize == 24
-    batches = np.random.default_rng(0).permutation(1300).reshape(10, 130)
-    for (rows, part), expected in zip(shards.parts(iter(batches)), batches):
-        assert (rows == expected).all() and part.keys == pairs.name(rows)
-        assert torch.equal(part.images, pairs.images[rows])
-        assert torch.equal(part.tokens, pairs.tokens[rows])
-    (_, part), = shards.parts([[5, 900]])
-    assert part.keys == pairs.name([5, 900]) and torch.equal(part.images, pairs.images[[5, 900]])
-    keys = [pairs.keys[900], "nobody", pairs.keys[5]]
-    assert stage(1).find_rows(shards, keys).tolist() == [900, -1, 5]
-    for kind in (np.array(keys), np.array([stage(1).hash_key(key) for key in keys], "u8")):
-        assert stage(1).find_rows(shards, kind).tolist() == [900, -1, 5]
+def test_tars_are_read_as_webdataset_says(stage, tars, tmp_path, capsys, monkeypatch):
+    """All pairs in their order, whole pictures and captions, for one reader and for two."""
+    right = {key: (stage(1).decode_image(files["jpg"], 16), files["txt"].decode())
+             for key, files in read_by_webdataset(sorted(tars.iterdir()))
+             if {"jpg", "txt"} <= files.keys()}
+    assert len(right) == 576
+    for n, place in ((1, tars), (2, f"{tars}/train-*.tar")):
+        monkeypatch.setattr(stage(1).torch, "get_num_threads", lambda n=n: n)
+        splits = prepare(stage, tmp_path / f"{n}", "--data", place, "--batch-size", "8")
+        said = capsys.readouterr().out
+        for number, reason in ((12, "no caption"), (12, "no picture beside"), (588, "further pic")):
+            assert f"skipped {number} ({reason}" in said
+        found = {key: (pairs.images[row], caption) for pairs in splits.values()
+                 for key, row, caption in zip(pairs.read("key"), pairs.rows, pairs.read("caption"))}
+        assert found.keys() == right.keys()
+        for key, (image, caption) in right.items():
+            assert caption == found[key][1] and np.array_equal(image, found[key][0]), key
+        keys = splits["train"].read("key")
+        assert len(keys) > 480 and keys == [key for key in right if key in {*keys}]
 
 
-def test_index_is_kept_until_a_shard_changes(stage, tars, tmp_path, monkeypatch):
-    folder = shutil.copytree(tars[0], tmp_path / "tars")
-    assert len(stage(1).open_pairs(folder, 16, 8, tmp_path)) == 1300
-    with monkeypatch.context() as patch:
-        patch.setattr(stage(1), "index_shard", None)
-        assert len(stage(1).open_pairs(folder, 16, 8, tmp_path)) == 1300
-    (folder / "train-2.tar").unlink()
-    assert len(stage(1).open_pairs(folder, 16, 8, tmp_path)) < 1300
+def take_home(stage, out, flags, keep="1"):
+    """The training pairs of these options, and those of the tars that stage 4 writes of the last
+    of them by foreign ratings, which rise; and these tars."""
+    pairs = prepare(stage, out, *flags, "--batch-size", "8")["train"]
+    np.save(out / "ratings.npy", np.arange(float(len(pairs))))
+    for again in (False, True):                            # no tar is overwritten
+        with pytest.raises(SystemExit, match="holds tars already") if again else nullcontext():
+            launch(stage, 4, ["--out", str(out), "--keep", keep, "--method", "topk",
+                              "--write-shards", f"{out}/new"])
+    new = prepare(stage, out / "again", "--data", out / "new", "--val", flags[-1],
+                  "--batch-size", "8")["train"]
+    rows = np.arange(len(pairs))[-len(new):]
+    assert new.read("caption") == pairs.read("caption", rows)
+    assert (new.images[new.rows] == pairs.images[pairs.rows[rows]]).all()
+    return pairs, new, sorted((out / "new").iterdir())
 
 
-@pytest.mark.slow
-def test_resident_or_from_disk_gives_the_same_ratings(stage, tars, tmp_path):
-    """The chain on tars that fit into memory, and with a memory of 0 bytes."""
-    folder, _ = tars
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = []
-    for name, memory in (("resident", "2"), ("disk", "0")):
-        out = tmp_path / name
-        for number, flags in ((1, ["--data", str(folder)]), (2, []), (3, ["--baselines"])):
-            launch(stage, number, ["--smoke", "--out", str(out), "--memory", memory, *flags])
-        with open(out / "ratings.csv", newline="") as file:
-            found.append(list(csv.DictReader(file)))
-    torch.set_num_threads(threads)
-    assert [row["key"] for row in found[0]] == [row["key"] for row in found[1]]
-    for column in ("instance", "group", "loss", "difference"):
-        one, two = ([float(row[column]) for row in rows] for rows in found)
-        assert np.allclose(one, two, atol=1e-5) and np.ptp(one) > 0
-    launch(stage, 5, ["--smoke", "--seeds", "1", "--out", str(out), "--memory", "0"])
-    assert (out / "results.md").exists()
+def test_new_shards_hold_the_selected_pairs_byte_for_byte(stage, tars, tmp_path, monkeypatch):
+    """All files of a pair, in tars of 10,000, here of 40."""
+    monkeypatch.setattr(stage(4).write_shards, "__defaults__", (40,))
+    pairs, new, paths = take_home(stage, tmp_path, ["--data", tars, "--val", tars], "100")
+    old, found = dict(read_by_webdataset(sorted(tars.iterdir()))), read_by_webdataset(paths)
+    assert [path.name for path in paths] == ["000000.tar", "000001.tar", "000002.tar"]
+    assert [key for key, _ in found] == pairs.read("key")[-100:] == new.read("key")
+    assert all(files == old[key] for key, files in found)
 
 
-@pytest.mark.slow
-def test_new_shards_hold_the_selected_pairs_byte_for_byte(stage, tars, tmp_path):
-    folder, pairs = tars
-    out = tmp_path / "out"
-    launch(stage, 1, ["--smoke", "--data", str(folder), "--out", str(out)])
-    lines = [f"{key},{k}" for k, key in enumerate(pairs.keys)]
-    (out / "ratings.csv").write_text("\n".join(["key,rating", *lines]))
-    done = run(f"04_select.py --method topk --keep 0.1 --out {out} --write-shards {tmp_path}/new")
-    assert done.returncode == 0 and "130 of 130 pairs" in done.stdout, done.stderr
-    old, new = {}, {}
-    for place, files in ((folder, old), (tmp_path / "new", new)):
-        for path in sorted(place.glob("*.tar")):
-            with tarfile.open(path) as tar:
-                files.update((member.name, tar.extractfile(member).read()) for member in tar)
-    assert len(new) == 3 * 130 and all(old[name] == data for name, data in new.items())
-    assert {name.split(".")[0] for name in new} == set(pairs.keys[-130:])
-    assert len(stage(1).open_pairs(tmp_path / "new", 16, 8)) == 130
-    np.save(out / "r.npy", np.arange(1300.0))                  # a .npy rates the rows of the corpus
-    run(f"04_select.py --method topk --keep 7 --out {out} --ratings {out}/r.npy "
-        f"--write-shards {tmp_path}/rows")
-    assert stage(1).open_pairs(tmp_path / "rows", 16, 8).name(range(7)) == pairs.keys[-7:]
-    np.save(out / "r.npy", np.arange(1170.0))                  # of the training pairs alone, say
-    with pytest.raises(SystemExit, match="are of 1170 pairs and .* has 1300: .* a CSV of keys"):
-        launch(stage, 4, ["--out", str(out), "--ratings", f"{out}/r.npy", "--write-shards",
-                          f"{tmp_path}/other"])
+def test_new_shards_of_folders_and_tables(stage, tmp_path):
+    """Names with dots, folders, letters and marks of every kind; captions with commas and lines."""
+    rng = np.random.default_rng(0)
+    names = {"img.1": "one", "img.2": 'two, or "2"', "deep/v1.0/3.4": "three\nlines", "50%": "four",
+             "a%2Eb": "five", "ü 红": "six",
+             **{f"rest/{k}": f"rest {k}" for k in range(30)}}
+    pictures = {f"{name}.webp": picture(rng) for name in names}
+    write(tmp_path / "table", pictures | {"all.jsonl": "\n".join(
+        json.dumps({"file_name": f"{name}.webp", "caption": [text, "more"], "id": None})
+        for name, text in names.items()).encode()})
+    for name, text in names.items():                       # a dot ends a key there
+        write(tmp_path / "loose", {f"{name.replace('.', '-')}.webp": pictures[f"{name}.webp"],
+                                   f"{name.replace('.', '-')}.txt": text.encode()})
+    write_pictures(stage, tmp_path / "val", 50)
+    right = {text: pictures[f"{name}.webp"] for name, text in names.items()}
+    for data in ("table", "loose"):
+        pairs, new, paths = take_home(stage, tmp_path / f"of {data}", [
+            "--data", tmp_path / data, "--val", tmp_path / "val"])
+        assert [key.replace("%2E", ".") for key in new.read("key")] == [
+            key.replace("%2E", ".") for key in pairs.read("key")]
+        captions = dict(zip(new.read("key"), new.read("caption")))
+        assert {captions[key]: files["webp"] for key, files in read_by_webdataset(paths)} == right
 
 
-@pytest.mark.slow
-def test_train_the_rater_on_a_sample_rate_everything_take_home_the_half(stage, tars, tmp_path,
-                                                                        monkeypatch):
-    """The line of own.md, on three tars of which the first is the sample."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tars[0], tmp_path / "shards")
-    line = next(line for line in (ROOT / ".assets/own.md").read_text().splitlines()
-                if "--write-shards half" in line and line.startswith("python 01"))
-    line = line.replace("train-00*", "train-0*").replace("trusted/", "shards/train-1.tar")
-    for command in line.split(" && "):
-        _, file, *flags = shlex.split(command)
-        launch(stage, int(file[1]), [*flags, "--smoke"])
-    _, ratings = stage(4).read_ratings(tmp_path / "big/ratings-of-shards-train.csv",
-                                       "rating,contrast")
-    half = stage(1).open_pairs(tmp_path / "half", 16, 8)
-    expected = np.sort(np.argsort(-ratings, kind="stable")[:650])
-    assert half.name(range(650)) == [tars[1].keys[row] for row in expected]
-    assert not (tmp_path / "big/ratings.csv").exists()
+def test_the_first_readable_pair_of_a_key_is_taken_home_if_no_file_has_changed(stage, tmp_path):
+    rng = np.random.default_rng(0)
+    good = {f"{k}.{kind}": data for k in range(30) for kind, data in (
+        ("png", picture(rng)), ("txt", b"x"))}
+    data = write(tmp_path / "data", {"readme.md": b"x"})
+    write_tar(data / "a.tar", {"0.png": b"broken", "0.txt": b"x"})
+    write_tar(data / "b.tar", good)
+    write_pictures(stage, tmp_path / "val", 50)
+    _, _, paths = take_home(stage, tmp_path, ["--data", data, "--val", tmp_path / "val"])
+    found = dict(read_by_webdataset(paths))
+    assert len(found) == 30 and found["0"]["png"] == good["0.png"]
+    write_tar(data / "b.tar", good | {"3.txt": b"another"})
+    with pytest.raises(SystemExit, match="has changed since its pairs were prepared") as stop:
+        launch(stage, 4, ["--out", str(tmp_path), "--write-shards", f"{tmp_path}/newer"])
+    assert "\n" not in str(stop.value) and not [*(tmp_path / "newer").glob("*.tar")]
 
 
-def test_a_selection_of_pairs_on_disk(stage, tars, tmp_path, monkeypatch, capsys):
-    """Whose strata are not known before they are read: no pair is taken for planted dirt."""
-    out = tmp_path / "out"
-    launch(stage, 1, ["--smoke", "--data", str(tars[0]), "--out", str(out)])
-    train = stage(1).load_data(stage(1).load_proxy(out)[0], "cpu")[0]
-    (out / "s.csv").write_text("\n".join(["key", *train.keys[:40]]))
-    np.save(out / "s.npy", np.arange(40))
-    launch(stage, 5, ["--smoke", "--seeds", "1", "--out", str(out), "--memory", "0", "--selected",
-                      f"{out}/s.csv", f"{out}/s.npy"])
-    said = capsys.readouterr().out
-    assert "planted" not in said and "wrote" in said
-    with open(out / "results.csv", newline="") as file:
-        pairs = {row["arm"]: row["pairs"] for row in csv.DictReader(file)}
-    assert list(pairs.values()) == [str(len(train)), "40", "40", "40"]
-
-
-def test_duplicate_keys_are_counted_and_the_first_named(stage, tars, tmp_path, capsys):
-    for name in ("a.tar", "b.tar"):
-        shutil.copy(tars[0] / "train-0.tar", tmp_path / name)
-    assert len(stage(1).open_pairs(tmp_path, 16, 8)) == 434
-    assert f"skipped 434 (key seen before), first {tars[1].keys[0]}" in capsys.readouterr().out
-
-
-def test_every_training_pair_reaches_the_rater(stage, monkeypatch, tmp_path):
-    """One epoch of stage 2 shows all training pairs, not only as many as validation has."""
-    shown = {0: [], 1: []}
-    args = stage(2).parse_args(["--smoke", "--out", str(tmp_path)])
-    args.steps = 256 // args.batch_size
-    pairs, val = (stage(1).draw_toy(n, 16, 0, split) for n, split in ((256, "train"), (64, "val")))
-
-    def meta_step(nets, opts, train, val, rng, args):
-        for k, (x, _) in enumerate((train, val)):
-            shown[k] += [image.sum().item() for image in x]
-        return torch.zeros(8)
-    monkeypatch.setattr(stage(2), "meta_step", meta_step)
-    nets = {name: stage(1).DiT(16, 4, 16, 1, 8) for name in ("proxy", "ref")}
-    nets["rater"] = stage(2).Rater(16, 4, 8, 16, 1)
-    stage(2).learn(nets, pairs, val, args, pairs.batch(range(8)), stage(1).Progress())
-    stage(1).Progress.running = False
-    assert len(set(shown[0])) == 256 and len(set(shown[1])) == 64
+def test_corpora_whose_names_are_alike_never_meet(stage, tmp_path, monkeypatch):
+    """`photos/2023` and `photos-2023`, here and above, in other letters: refused or apart."""
+    out = tmp_path / "here/out"
+    out.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    names = ["photos-2023", "photos/2023", "../photos-2023", "photos 2023", "photos-2023.tar",
+             "PHOTOS-2023", "фото", "ФОТО", "写真", "寫真", "कि", "की", "é", "e\u0301", "x" * 120,
+             "写" * 82]
+    known = {}
+    for name in names:
+        files = {f"{k}.{kind}": data for k in range(16) for kind, data in (
+            ("png", encode()), ("txt", name.encode()))}
+        (write_tar if name.endswith(".tar") else write)(tmp_path / "here" / name, files)
+        try:
+            folder = stage(3).prepare_other(name, out, stage(1).parse_args([]))
+        except SystemExit as stop:
+            assert "holds the pairs of" in str(stop) and "name another --out" in str(stop)
+            continue
+        assert folder not in known and len(os.fsencode(folder.name)) < 225    # a stem of others
+        known[folder] = [name] * 16
+    assert len(known) >= 9
+    for folder, captions in known.items():
+        assert stage(1).open_pairs(folder).read("caption") == captions
