@@ -583,8 +583,8 @@ def split_rows(folder, labels, args):
         least = max(LEAST, vars(args).get("batch_size", 0))
         if len(rows) < least:
             cure = "add pairs" + ", or lower --batch-size" * (least > LEAST)
-            raise SystemExit(f"{args.data}: the {split} split has {len(rows)} readable pairs, not "
-                             f"{least}: {cure if len(rows) else LAYOUTS}")
+            raise SystemExit(f"{args.data}: the {split} split has {len(rows)} readable pairs, "
+                             f"fewer than {least}: {cure if len(rows) else LAYOUTS}")
         np.save(folder / f"{split}.npy", rows)
         shared = np.intersect1d(entries["pixels"][rows], entries["pixels"][splits["train"]])
         if split != "train" and len(shared):
