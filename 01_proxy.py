@@ -946,8 +946,10 @@ def launch(main, args):
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             print(f"waiting for {os.environ['WORLD_SIZE']} processes, this is number "
                   f"{os.environ['RANK']}; without torchrun, unset RANK and WORLD_SIZE", flush=True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)       # else Ctrl-C has to wait, too
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                 timeout=datetime.timedelta(days=7))           # while 01 reads
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if vars(args).get("batch_size", 0) % world():
         raise SystemExit(f"--batch-size {args.batch_size} must divide by {world()} processes")
     torch.manual_seed(vars(args).get("seed", 0))

@@ -12,15 +12,12 @@
     python tests/evidence.py corpora     other corpora (Table 3)
 
 The first three are stage 5 with other arms, with all options of stage 5: they compare the ratings
-in --out (those of `main` after 03_score.py --baselines) and write out/results-NAME.csv, .md and
-.png as 05_train_eval.py writes out/results; an interrupted run is continued by the same command.
-
+in --out (those of `main` after 03_score.py --baselines) and write out/results-NAME.csv, .md, .png.
 Of the others every seed redraws the corpus and trains its own proxies, rater and downstream models;
-the evaluation pairs and the judge are those of seed 0 throughout. "±" is the half-width of a 95 %
-interval; after the semicolon, the paired difference with the baseline named above the table, and
-whether it wins, ties or loses. Warm-ups, raters and arms are kept in --out (delete it to begin
-anew), so that the commands share them. On one core forward takes 18 minutes, signals 28, time 10,
-models 23, corpora 21, batches 8.
+the evaluation pairs and the judge are those of seed 0. "±" is the half-width of a 95 % interval;
+after the semicolon, the paired difference with the baseline named above the table. What is trained
+is kept in --out (delete it to begin anew), and shared. On one core forward takes 18 minutes,
+signals 28, time 10, models 23, corpora 21, batches 8.
 """
 import argparse
 import contextlib
@@ -41,14 +38,8 @@ from matplotlib import pyplot as plt
 import common
 from common import CPU, OTHERS, RULES, areas, collect, head, ruled, s1, s2, s3, s4, s5, show
 
-METRICS = s5.METRICS
+METRICS, SIGNALS = s5.METRICS, {"eq. 6": "difference", "eq. 9": "loss"}
 HEURISTICS = ("clarity", "frequency", "edges")
-SELECTIONS = {             # name: signal of the rater, rule, retention
-    "full": ("", "random", 1.0), "random 50%": ("", "random", 0.5),
-    "random 20%": ("", "random", 0.2), "eq. 6, Top-K 50%": ("difference", "topk", 0.5),
-    "eq. 6, Top-K 20%": ("difference", "topk", 0.2), "eq. 9, Top-K 50%": ("loss", "topk", 0.5),
-    "eq. 9, Shift-Gsample 50%": ("loss", "shift-gsample", 0.5),
-    "eq. 9, Shift-Gsample 20%": ("loss", "shift-gsample", 0.2)}
 
 
 # ---- the paper's heuristics of pictures, as ratings ------------------------------------------
@@ -362,17 +353,22 @@ class Lab:
         learnt = self.learn(f"{corpus}-{validation}", settings, weights, pairs, val, signal)
         return self.rate(learnt, settings, pairs)["rating"], learnt
 
-    def arm(self, corpus, seed, name, epochs=16, build=None, lr=5e-3, note="", **how):
+    def choose(self, corpus, seed, name, **how):
+        """Rows of a selection: 'full', 'random 20%' or an equation, a rule and a share."""
+        how, pairs = {"signal": SIGNALS.get(name[:5]), **how}, self.data(corpus, seed)[0]
+        rule, _, share = name.rpartition(" ")
+        rating = (self.rated(corpus, seed, **how)[0] if how["signal"] else np.zeros(len(pairs)))
+        return s4.select(rating, RULES.get(rule[7:], "random"),
+                         1.0 if name == "full" else int(share[:-1]) / 100, seed=seed)[0]
+
+    def arm(self, corpus, seed, name, epochs=16, build=s1.build_proxy, lr=5e-3, note="", **how):
         """Stage 5's result row of a selection, with another network or rating where named."""
         def make():
-            (signal, rule, share), pairs = SELECTIONS[name], self.data(corpus, seed)[0]
-            rating = (self.rated(corpus, seed, **{"signal": signal, **how})[0] if signal
-                      else np.zeros(len(pairs)))
-            rows, _ = s4.select(rating, rule, share, seed=seed)
+            rows, pairs = self.choose(corpus, seed, name, **how), self.data(corpus, seed)[0]
             settings, test, judged = self.judged(corpus)
             args = s5.parse_args(["--lr", str(lr), *self.smoke])
             args.epochs = max(1, epochs // 8) if self.smoke else epochs
-            with mock.patch.object(s1, "build_proxy", build or s1.build_proxy):    # the departure
+            with mock.patch.object(s1, "build_proxy", build):    # the departure
                 row = common.train_arm(settings, pairs, test, judged, name, rows, seed, args)
             return row | {"shares": {str(stratum): float(np.mean(pairs.strata(rows) == stratum))
                                      for stratum in np.unique(pairs.strata())}}
@@ -383,10 +379,8 @@ class Lab:
 # ---- tables ----------------------------------------------------------------------------------
 def cell(values, baseline=None, sign=1):
     """'mean ± half'; with a baseline also the paired difference and what it means."""
-    text = s5.show_interval(*s5.interval(values))
-    if baseline is None:
-        return text
-    return f"{text}; {s5.show_difference(np.subtract(values, baseline), sign)}"
+    return s5.show_interval(*s5.interval(values)) + (
+        "" if baseline is None else f"; {s5.show_difference(np.subtract(values, baseline), sign)}")
 
 
 def metric_cells(rows, baseline=None):
@@ -396,9 +390,8 @@ def metric_cells(rows, baseline=None):
 
 
 def composition(rows):
-    names = rows[0]["shares"]
     return ", ".join(f"{100 * np.mean([row['shares'][name] for row in rows]):.0f} {name}"
-                     for name in names)
+                     for name in rows[0]["shares"])
 
 
 # ---- (a) pairs that no proxy has seen --------------------------------------------------------
@@ -443,20 +436,24 @@ def forward(lab, seeds):
             draw_forward(lab.out / "forward.png", runs)
 
 
+def draw_scale(axis, ticks, label):
+    axis.set(xscale="log", xlabel=label)
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.xaxis.set_minor_formatter("")
+    axis.grid(alpha=0.3)
+
+
 def draw_forward(path, runs):
     """Cost against AUC, a point per seed and ranking of the quarter-trained networks."""
     figure, axes = plt.subplots(1, 3, figsize=(10, 3), sharex=True)
-    styles = {"rater": ("o", "#0072B2"), "-difference": ("s", "#009E73"), "-loss": ("^", "#E69F00")}
     for axis, (column, stratum) in zip(axes, enumerate(OTHERS)):
-        for kind, (marker, colour) in styles.items():
-            for name in (key for key in runs[0] if key.startswith(kind)):
-                axis.plot([run[name][1] for run in runs], [run[name][0][column] for run in runs],
-                          marker, color=colour, alpha=0.7, markersize=5,
-                          label=None if ", 8" in name else kind)
-        axis.set(xscale="log", xlabel="seconds per 1000 pairs", title=f"over {stratum}")
-        axis.set_xticks([0.2, 0.5, 1, 2], ["0.2", "0.5", "1", "2"])
-        axis.xaxis.set_minor_formatter("")
-        axis.grid(alpha=0.3)
+        for name in runs[0]:
+            kind = name.split(",")[0]
+            axis.plot([run[name][1] for run in runs], [run[name][0][column] for run in runs],
+                      {"rater": "oC0", "-difference": "sC2", "-loss": "^C1"}[kind], alpha=0.7,
+                      markersize=5, label=None if ", 8" in name else kind)
+        draw_scale(axis, (0.2, 0.5, 1, 2), "seconds per 1000 pairs")
+        axis.set_title(f"over {stratum}")
     axes[0].set_ylabel("AUC on unseen pairs")
     axes[2].legend(fontsize=8)
     figure.tight_layout()
@@ -563,18 +560,15 @@ CURVES = {                 # epochs of every point, a run of its own with its ow
     "eq. 6, Top-K 50%": (1, 2, 4, 8, 16), "eq. 6, Top-K 20%": (2, 4, 8, 16, 40)}
 RACES = [("eq. 6, Top-K 50%", "random 50%"), ("eq. 6, Top-K 20%", "random 20%"),
          ("eq. 6, Top-K 20%", "random 50%"), ("eq. 6, Top-K 50%", "full")]
-LOOKS = {"full": ("black", "-"), "random 50%": ("0.6", "-"), "random 20%": ("0.6", "--"),
-         "eq. 6, Top-K 50%": ("#0072B2", "-"), "eq. 6, Top-K 20%": ("#0072B2", "--")}
+COLOURS = ("black", "0.6", "0.4", "#0072B2", "#56B4E9")    # of the curves
 
 
 def reach(steps, values, target, sign):
     """Steps at which a curve first is as good as `target`, between points in log steps; or inf."""
     good = sign * np.array(values) >= sign * target
-    if not good.any():
-        return np.inf
     k = good.argmax()
-    if k == 0:
-        return steps[0]                                    # at once: an upper bound
+    if k == 0:                                             # at once, an upper bound; or never
+        return steps[0] if good[0] else np.inf
     share = (target - values[k - 1]) / (values[k] - values[k - 1])
     return float(steps[k - 1] * (steps[k] / steps[k - 1]) ** share)
 
@@ -585,16 +579,15 @@ def show_factor(factors):
     if missed:
         return f"not reached under {missed} of {len(factors)} seeds"
     mean, half = s5.interval(np.log(factors))
-    if np.isnan(half):                                     # one seed
-        return f"{np.exp(mean):.2g}"
-    return f"{np.exp(mean):.2g} ({np.exp(mean - half):.2g} to {np.exp(mean + half):.2g})"
+    low, middle, high = np.exp([mean - half, mean, mean + half])
+    return f"{middle:.2g}" + f" ({low:.2g} to {high:.2g})" * bool(half == half)    # nan: one seed
 
 
 def time_to_quality(lab, seeds):
     """How many steps less a selection needs for what random pairs reach in the end."""
     curves = {name: [[lab.arm("web crawl", seed, name, epochs) for epochs in points]
                      for seed in seeds] for name, points in CURVES.items()}
-    cost = step_cost(lab, None)
+    cost = step_cost(lab, s1.build_proxy)
     print(f"All arms cost {1000 * cost:.0f} ms a step; every point is a run with its own decay; "
           "speed-up: geometric mean and 95 % interval, ≥ where the shortest run was already as "
           "good; the rating is not counted. 20 % arms end at 40 epochs, the others at 16\n")
@@ -607,8 +600,7 @@ def time_to_quality(lab, seeds):
                             rival[-1][metric], sign) for run, rival in zip(curves[name],
                                                                           curves[other])]
             at_once = any(n == run[0]["steps"] for n, run in zip(needed, curves[name]))
-            bound = "≥ " if at_once else ""
-            cells.append(bound + show_factor([final / n for n in needed]))
+            cells.append("≥ " * at_once + show_factor([final / n for n in needed]))
         show(name, other, f"{final} steps", *cells)
     print("\nSpread: population standard deviation over seeds, mean over a curve's points\n")
     head("selection", *METRICS)
@@ -622,19 +614,13 @@ def draw_curves(path, curves, cost):
     """Three measures against training seconds; thin lines are seeds, thick ones their mean."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
     for axis, metric in zip(axes, ("held-out", "distance", "match")):
-        for name, runs in curves.items():
+        for (name, runs), colour in zip(curves.items(), COLOURS):
             values = np.array([[row[metric] for row in run] for run in runs])  # (seeds, K)
             seconds = [cost * row["steps"] for row in runs[0]]
-            colour, line = LOOKS[name]
-            axis.plot(seconds, values.T, line, color=colour, alpha=0.35, linewidth=0.8)
-            axis.plot(seconds, values.mean(0), line, marker="o", color=colour, markersize=4,
-                      label=name)
-        better = "more" if METRICS[metric] > 0 else "less"
-        axis.set(xscale="log", xlabel="training seconds, one core",
-                 ylabel=f"{metric} ({better} is better)")
-        axis.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
-        axis.xaxis.set_minor_formatter("")
-        axis.grid(alpha=0.3)
+            axis.plot(seconds, values.T, color=colour, alpha=0.35, linewidth=0.8)
+            axis.plot(seconds, values.mean(0), marker="o", color=colour, markersize=4, label=name)
+        axis.set_ylabel(f"{metric} ({'more' if METRICS[metric] > 0 else 'less'} is better)")
+        draw_scale(axis, (1, 3, 10, 30), "training seconds, one core")
     axes[1].set_yscale("log")
     axes[1].set_yticks([3, 10, 30, 100], ["3", "10", "30", "100"])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8,
@@ -646,33 +632,22 @@ def draw_curves(path, curves, cost):
 def step_cost(lab, build, steps=20):
     """Processor seconds of one training step of a downstream model."""
     settings, pairs = lab.settings("web crawl", 0), lab.data("web crawl", 0)[0]
-    net = (build or s1.build_proxy)(settings, CPU)
+    net = build(settings, CPU)
     train = functools.partial(s1.train, net, pairs, batch_size=64, lr=1e-3, seed=0)
     train(steps=2)
     return timed(lambda: train(steps=steps))[1] / steps
 
 
 # ---- (e) other downstream models -------------------------------------------------------------
-def wide(width, depth):
-    """Builds a larger DiT on the pairs of the small one."""
-    return lambda settings, device: s1.DiT(settings.size, settings.patch, width, depth,
-                                           settings.words)
-
-
-def pretrain(lab, seed):
-    """Weights of a DiT trained for 8 epochs on all pairs, noise included, of another web crawl."""
+def adapt(lab, seed):
+    """Builds, with LoRA, a DiT after 8 epochs on all pairs, noise included, of another corpus."""
     def make():
         torch.manual_seed(seed)
         settings, count = lab.settings("web crawl", seed), len(lab.data("web crawl", seed)[0])
         pairs = collect(s1.draw_toy(count, settings.size, seed + 500, "train"))
         net, steps = s1.build_proxy(settings, CPU), 8 * (len(pairs) // 64)
         return s1.train(net, pairs, steps, 64, 5e-3, seed, s5.DECAY).state_dict()
-    return lab.keep(f"pretrained-{seed}", make)
-
-
-def adapt(lab, seed):
-    """Builds the pretrained DiT with LoRA."""
-    weights = pretrain(lab, seed)
+    weights = lab.keep(f"pretrained-{seed}", make)
 
     def build(settings, device, usual=s1.build_proxy):
         net = usual(settings, device)
@@ -681,11 +656,20 @@ def adapt(lab, seed):
     return build
 
 
+def widen(settings, device):
+    return s1.DiT(settings.size, settings.patch, 192, 4, settings.words)
+
+
+def measure(lab, build):
+    """The metrics of a network as it is built."""
+    settings, test, judged = lab.judged("web crawl")
+    return s5.evaluate(build(settings, CPU), test, *judged, 0)[0]
+
+
 MODELS = {                 # name: builder of (lab, seed), epochs, learning rate, seeds at most
-    "DiT, 1x": (lambda lab, seed: None, 16, 5e-3, 9),
-    "U-Net": (lambda lab, seed: lambda settings, device: UNet(), 16, 5e-3, 9),
-    "pretrained DiT, LoRA": (adapt, 8, 5e-3, 9),
-    "DiT, 8x": (lambda lab, seed: wide(192, 4), 8, 5e-3 / 3, 3)}
+    "DiT, 1x": (lambda *_: s1.build_proxy, 16, 5e-3, 9),
+    "U-Net": (lambda *_: lambda settings, device: UNet(), 16, 5e-3, 9),
+    "pretrained DiT, LoRA": (adapt, 8, 5e-3, 9), "DiT, 8x": (lambda *_: widen, 8, 5e-3 / 3, 3)}
 
 
 def models(lab, seeds):
@@ -694,7 +678,7 @@ def models(lab, seeds):
     head("model", "learnt parameters", "ms a step", "selection", "seeds", *METRICS)
     for name, (builder, epochs, lr, most) in MODELS.items():
         some, build = seeds[:most], builder(lab, seeds[0])
-        net = (build or s1.build_proxy)(lab.settings("web crawl", seeds[0]), CPU)
+        net = build(lab.settings("web crawl", seeds[0]), CPU)
         count = sum(p.numel() for p in net.parameters() if p.requires_grad)
         about = name, f"{count / 1e6:.2f} M", f"{1000 * step_cost(lab, build):.0f}"
         if "LoRA" in name:
@@ -707,12 +691,6 @@ def models(lab, seeds):
         for arm, results in rows.items():
             base = None if arm == "random 50%" else rows["random 50%"]
             show(*about, arm, len(some), *metric_cells(results, base))
-
-
-def measure(lab, build):
-    """The metrics of a network as it is built."""
-    settings, test, judged = lab.judged("web crawl")
-    return s5.evaluate(build(settings, CPU), test, *judged, 0)[0]
 
 
 # ---- (f) other corpora -----------------------------------------------------------------------

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from common import collect
-from conftest import ROOT, encode, launch, write_tar
+from conftest import ROOT, encode, launch, prepare, write_tar
 
 # A process that has imported the stages once is forked for each run, which saves seconds each time.
 STAGES = ["01_proxy", "02_meta_rater", "03_score", "04_select", "05_train_eval"]
@@ -304,7 +304,7 @@ def test_a_machine_without_semaphores_or_shared_memory(stage, crawl, tmp_path, m
         raise error
     monkeypatch.setattr(place, refuse)
     torch.set_num_threads(2)
-    launch(stage, 1, [*read_crawl(crawl[0].parent), "--out", str(tmp_path)])
+    prepare(stage, tmp_path, *read_crawl(crawl[0].parent))
     for name in ("images.npy", "tokens.npy", "texts.jsonl"):
         assert (tmp_path / "pairs" / name).read_bytes() == (crawl[0] / "pairs" / name).read_bytes()
     if "SemLock" in place:
