@@ -3,14 +3,14 @@
     python tests/bench.py              prints Markdown tables; under five minutes on two cores
     python tests/bench.py --quick      the same in under a minute, to see that it works
 
-A row times two functions A B A B ..., each sample being as many calls as fill a fifth of a second,
-so that a machine that changes its speed changes both. Shown are median and range of both, and
-median and range of the ratios of neighbours: measured / floor, low is fast. Of a floor the ratio
-can at best be 1; a peer does the same work in another way, and below 1 means faster than it.
-Uses a CUDA GPU where there is one; nothing here needs files of the stages.
+A row times two functions A B A B ..., each sample being as many calls as fill a fifth of a second.
+Shown are median and range of both, and median and range of the ratios of neighbours: measured /
+floor, low is fast. Of a floor the ratio can at best be 1; a peer does the same work in another way,
+and below 1 means faster than it. Uses a CUDA GPU where there is one; needs no files of the stages.
 """
 import argparse
 import functools
+import itertools
 import math
 import os
 import platform
@@ -28,7 +28,7 @@ import torch.nn as nn
 
 import common
 from common import s1, s2, s3, s4, s5
-from meta_gradient import SavedBytes
+from meta_gradient import saved_megabytes
 
 STEPS = 10                 # training steps in one call of a row
 UNROLLED = 4               # K of the second row of the exact meta-gradient
@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
 def seconds(function, calls=1):
     """Seconds per call, until the device has finished."""
-    finish = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    finish = torch.cuda.synchronize if torch.cuda.is_available() else bool
     finish()
     began = time.perf_counter()
     for _ in range(calls):
@@ -224,17 +224,9 @@ def meta_rows(bench):
         return lambda: s2.exact_meta_gradient(nets["ref"], train, val, W, 0.01, steps)
     yield Row("meta step of 02", "its passes: theta 2B, theta_hat B, rater B", step, passes, 1.15)
     for steps in (1, UNROLLED):
-        yield Row(f"exact meta-gradient, K = {steps}" + kept_memory(exact(steps), step),
+        kept = [f"{saved_megabytes(function):.0f} MB" for function in (exact(steps), step)]
+        yield Row(f"exact meta-gradient, K = {steps} (keeps {kept[0]}, the meta step {kept[1]})",
                   "meta step of 02", exact(steps), step)
-
-
-def kept_memory(function, other):
-    """Memory that autograd keeps for the backward pass, in words."""
-    with SavedBytes() as saved:
-        function()
-    with SavedBytes() as others:
-        other()
-    return f" (keeps {saved.megabytes():.0f} MB, the meta step {others.megabytes():.0f})"
 
 
 def forward_rows(bench):
@@ -337,13 +329,12 @@ def print_growth(rows, repeats):
 
 
 # ---- one GPU ---------------------------------------------------------------------------------
-WIDTHS = (384, 768)                                        # of a ViT-S and a DiT-B
-MODES = ("fp32", "tf32", "bf16")
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}    # bf16 products, dense, by the makers
+STAGES = ("01, 05", "02", "03 --baselines", "05, drawing")
 
 
 def gpu_stages(device, width, batch, mode="fp32", size=64, depth=12):
-    """{stage: (what it does once, its pairs, its floating-point operations)} at these sizes."""
+    """For each of STAGES what it does once, and its floating-point operations, at these sizes."""
     pairs, val = (draw_pairs(2 * batch, device, size, split) for split in ("train", "val"))
     nets = {name: new_proxy(device, size, width, depth) for name in ("proxy", "ref")}
     for net in nets.values():
@@ -353,18 +344,16 @@ def gpu_stages(device, width, batch, mode="fp32", size=64, depth=12):
     opts = {name: s1.adamw(net, 1e-4) for name, net in nets.items()}
     args, rng, rows = s2.parse_args([]), s1.seeded(device, 0, "bench"), np.arange(batch)
     x, c = pairs.batch(np.arange(8))
-    _, operations = own_products(nets["proxy"], (x, x[:, 0, 0, 0], c))
-    each = operations / 8                                  # a training pass of one pair
+    operations = own_products(nets["proxy"], (x, x[:, 0, 0, 0], c))[1] * batch / 8   # of training
     companions = s3.draw_companions(nets["rater"], s2.GROUP, pairs, 0)
     score = functools.partial(s3.score_chunk, {**nets, "contrast": s2.Contrast(size, 8).to(device)})
-    return {"01, 05": (lambda: s1.train(nets["proxy"], pairs, 1, batch, 1e-4, 0), batch,
-                       batch * each),
-            "02": (lambda: s2.meta_step(nets, opts, pairs.batch(rows), val.batch(rows), rng, args),
-                   batch, 3 * batch * each),
-            "03 --baselines": (lambda: score(*pairs.batch(rows), companions, rng), batch,
-                               3 * s3.DRAWS * batch * each / 3),
-            "05, drawing": (lambda: s1.sample(nets["proxy"], c[:1].expand(batch, -1),
-                                              pairs.batch(rows)[0]), batch, 24 * batch * each / 3)}
+    return dict(zip(STAGES, [
+        (lambda: s1.train(nets["proxy"], pairs, 1, batch, 1e-4, 0), operations),
+        (lambda: s2.meta_step(nets, opts, pairs.batch(rows), val.batch(rows), rng, args),
+         3 * operations),
+        (lambda: score(*pairs.batch(rows), companions, rng), s3.DRAWS * operations),
+        (lambda: s1.sample(nets["proxy"], c[:1].expand(batch, -1), pairs.batch(rows)[0]),
+         8 * operations)]))                                # 24 forward passes, a third each
 
 
 def print_gpu_rows(device, batch=128):
@@ -373,25 +362,18 @@ def print_gpu_rows(device, batch=128):
     peak = next((rate for chip, rate in PEAK.items() if chip in name), math.nan)
     print(f"\n{name}; batch {batch}, 64 x 64 pixels, depth 12")
     common.head("width", "precision", "stage", "images a second", "share of peak", "peak GB")
-    for width, mode in [(width, mode) for width in WIDTHS for mode in MODES]:
-        cells = {stage: ["not measured"] * 3
-                 for stage in ("01, 05", "02", "03 --baselines", "05, drawing")}
-        if device.type == "cuda":
-            cells = measure_gpu(device, width, mode, batch, peak)
-        for stage, numbers in cells.items():
-            common.show(width, mode, stage, *numbers)
-
-
-def measure_gpu(device, width, mode, batch, peak):
-    """{stage: its cells of the table} under one precision."""
-    cells = {}
-    for stage, (function, pairs, operations) in gpu_stages(device, width, batch, mode).items():
-        torch.cuda.reset_peak_memory_stats()
-        each = np.median([sample() for sample in [sampler(function)] * 5])
-        cells[stage] = (f"{pairs / each:,.0f}", f"{operations / each / peak:.0%}",
-                        f"{torch.cuda.max_memory_allocated() / 1e9:.1f}")
+    for width, mode in itertools.product((384, 768), ("fp32", "tf32", "bf16")):   # ViT-S, DiT-B
+        known = device.type == "cuda" and gpu_stages(device, width, batch, mode)
+        for stage in STAGES:
+            cells = ["not measured"] * 3
+            if known:
+                torch.cuda.reset_peak_memory_stats()
+                sample = sampler(known[stage][0])
+                each = np.median([sample() for _ in range(5)])
+                cells = (f"{batch / each:,.0f}", f"{known[stage][1] / each / peak:.0%}",
+                         f"{torch.cuda.max_memory_allocated() / 1e9:.1f}")
+            common.show(width, mode, stage, *cells)
     torch.set_float32_matmul_precision("highest")
-    return cells
 
 
 # ---- the tables ------------------------------------------------------------------------------
@@ -412,8 +394,6 @@ def main(args):
         [start(2, args.steps), start(1, args.steps)], args.repeats), 1 / 0.8)
     print_growth(growth_rows(device, args.ratings // 4), args.repeats)
     print_gpu_rows(device)
-    if device.type == "cuda":
-        print(f"\nPeak memory {torch.cuda.max_memory_allocated() / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """What the experiment scripts of this folder share: stages, warm proxies, AUCs, Markdown tables."""
+import argparse
 import functools
 import importlib
+import io
 import sys
+import tarfile
 from pathlib import Path
 from unittest import mock
 
@@ -65,15 +68,20 @@ def start_nets(settings, weights):
     return {**nets, "rater": s2.Rater(settings.size, settings.patch, settings.words)}
 
 
+def chunks(pairs):
+    """All rows, up to 512 at a time."""
+    return np.array_split(np.arange(len(pairs)), len(pairs) // 512 + 1)
+
+
 @torch.no_grad()
 def rate(nets, pairs, smoke=False, draws=0):
-    """{column of stage 3: (N,)}, with `draws` of the baselines, too, of which contrast is untrained."""
+    """{column of stage 3: (N,)}; with `draws` of the baselines, too (contrast is untrained)."""
     rater, group_size = nets["rater"], 8 if smoke else s2.GROUP
     companions, parts = s3.draw_companions(rater, group_size, pairs, 0), []
     if draws:
         nets = {**nets, "contrast": s2.Contrast(pairs.images.shape[-1], pairs.tokens.shape[1])}
     with mock.patch.object(s3, "DRAWS", draws):
-        for k, rows in enumerate(np.array_split(np.arange(len(pairs)), len(pairs) // 512 + 1)):
+        for k, rows in enumerate(chunks(pairs)):
             parts.append(s3.score_chunk(nets, *pairs.batch(rows), companions,
                                         s1.seeded("cpu", "rate", k)))
     return dict(zip([*s3.NUMBERS, *s3.BASELINES], torch.cat(parts).numpy().T))
@@ -132,6 +140,21 @@ def print_table(columns, rows):
     head(*columns)
     for row in rows:
         show(*row)
+
+
+def add_member(tar, name, data):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def command_line(doc, out, seeds=3):
+    """The options that the scripts share."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=seeds, help="paired repetitions")
+    parser.add_argument("--out", default=out, help="folder of the results")
+    parser.add_argument("--smoke", action="store_true", help="tiny run, to see that it works")
+    return parser
 
 
 class Watched(s1.Progress):

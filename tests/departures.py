@@ -8,18 +8,16 @@
     python tests/departures.py stopping         row 10: early stopping; figure
 
 Several names share what they train; without a name all run, in about 50 minutes on one core with
-three seeds. Markdown tables on stdout: mean and half-width of a 95 % interval over paired seeds, of
-data, proxy and rater; figures in --out. The corpus is drawn and the proxy warmed up as by
-01_proxy.py without flags. A departure is a function or a number that takes the place of one of the
-stages' own while a rater trains: see `departures`. Of the released code (KlingTeam/Alchemist,
-fbc70a5, no licence) only facts are used.
+three seeds. Markdown tables: mean and half-width of a 95 % interval over paired seeds, of data,
+proxy and rater; figures in --out. A departure is a function or a number that takes the place of one
+of the stages' own while a rater trains: see `departures`. Of the released code
+(KlingTeam/Alchemist, fbc70a5, no licence) only facts are used.
 
 Row 9, why W_batch is an inverse temperature under a second softmax V_i = softmax_i(W_batch w_i):
     V_i / V_j = exp(W_batch (w_i - w_j))          T = 1 / W_batch; with w = W_inst, w_i - w_j < 1
     sum_i V_i = 1 for every W_batch               no group can be turned down as a whole
     d(sum_i s_i V_i) / dW_batch = Cov_V(s, w)     it learns whether the ranking agrees with s
 """
-import argparse
 import contextlib
 import csv
 import functools
@@ -37,8 +35,8 @@ from PIL import Image
 from torch.utils.data import DistributedSampler
 
 import conftest
-from common import (CPU, OTHERS, Watched, areas, cell, collect, head, positions, rate, s1, s2, s3,
-                    show, spearman, start_nets, warm_up)
+from common import (CPU, OTHERS, Watched, add_member, areas, cell, collect, command_line, head,
+                    positions, rate, s1, s2, s3, show, spearman, start_nets, warm_up)
 
 OURS, LOSS, FREE = "eq. 6, as shipped", "eq. 9, as shipped", "eq. 6, no entropy term (--tau 0)"
 SIGMOID = "row 3, half: sigmoid head, one softmax, no entropy term"
@@ -61,12 +59,10 @@ def scale(s):
     return s / s.std().clamp_min(1e-8)
 
 
-def soften(rater, x, c, group_size):
+def soften(rater, x, c, group_size, weigh=s2.weigh):
     """In place of eq. 7: a sigmoid before the softmax, so that weights differ by at most e."""
-    f = rater.features(x, c)                                                  # (B, D)
-    W_inst = rater.logits(f).sigmoid().view(-1, group_size).softmax(1)        # (B / G, G)
-    groups = f.view(-1, group_size, f.shape[-1])                              # (B / G, G, D)
-    return W_inst, rater.group_weight(groups.mean(1), groups.var(1, unbiased=False))
+    with mock.patch.object(rater, "logits", lambda f: s2.Rater.logits(rater, f).sigmoid()):
+        return weigh(rater, x, c, group_size)                                 # (B / G, G or 1)
 
 
 def soften_twice(rater, x, c, group_size):
@@ -91,15 +87,13 @@ def reweigh(factors):
     return scaled
 
 
-def upper_level(k, steps):
-    """Released weight of L_val: 1 in the first epoch, 0.03 less in each of the next nine."""
-    return 1 - 0.03 * (k * EPOCHS // steps)
-
-
 def departures(steps):
     """{name: (flags of stage 2, [(stage, what is replaced, by what)])}, made anew for every run."""
-    def ul(k):
-        return upper_level(k, steps)
+    def upper_level(k):                                    # released weight of L_val, by epochs
+        return 1 - 0.03 * (k * EPOCHS // steps)
+
+    def reweighed(factors):
+        return s1, "flow_loss", reweigh(factors)
     twice = (s2, "weigh", soften_twice)
     return {
         OURS: ("", []), LOSS: ("--signal loss", []), FREE: ("--tau 0", []),
@@ -108,18 +102,16 @@ def departures(steps):
         "signal neither ranked nor centred": ("", [(s2, "rank_normal", scale)]),
         "t not shifted": ("", [(s1, "T_SHIFT", 0.0)]),
         SIGMOID: ("--tau 0", [(s2, "weigh", soften)]), SOFTMAX: ("--tau 0", [twice]),
-        DIVIDED: ("", [(s1, "flow_loss", reweigh(lambda k: (1 / PER_GPU, 1.0)))]),
-        SCHEDULE: ("", [(s1, "flow_loss", reweigh(lambda k: (1 - ul(k), ul(k))))]),
-        RELEASED: ("--signal loss --tau 0",
-                   [twice, (s2, "rank_normal", lambda s: s),
-                    (s1, "flow_loss",
-                     reweigh(lambda k: ((1 - ul(k)) / PER_GPU, ul(k))))]),
-    }
+        DIVIDED: ("", [reweighed(lambda k: (1 / PER_GPU, 1.0))]),
+        SCHEDULE: ("", [reweighed(lambda k: (1 - upper_level(k), upper_level(k)))]),
+        RELEASED: ("--signal loss --tau 0", [
+            twice, (s2, "rank_normal", lambda s: s),
+            reweighed(lambda k: ((1 - upper_level(k)) / PER_GPU, upper_level(k)))])}
 
 
 # ---- proxies and raters, each made once ------------------------------------------------------
 class Bench:
-    """What the tables share; a rater is kept as nets, log (steps, 8), {step: logits (N,)}."""
+    """What the tables share; a rater is kept as nets, log {column: (steps,)}, {step: logits}."""
 
     def __init__(self, args):
         self.out, self.seeds, self.smoke = Path(args.out), range(args.seeds), args.smoke
@@ -144,7 +136,7 @@ class Bench:
                     seen[k] = rater.logits(rater.features(*pairs.batch())).numpy()
         progress = Watched(after)
         s2.learn(nets, pairs, val, args, seed, progress)
-        return nets, np.array(progress.log), seen
+        return nets, dict(zip(s2.COLUMNS, np.array(progress.log).T)), seen
 
     @functools.cache
     def rater(self, seed, name):
@@ -166,20 +158,9 @@ def pure(rating, strata, share):
     return np.mean(strata[best] == "informative")
 
 
-def shared_top(a, b):
-    """Share of the pairs in the top half of a that are in the top half of b."""
-    top = (positions(values) >= len(values) // 2 for values in (a, b))
-    return np.logical_and(*top).mean() * 2
-
-
 def print_row(name, table):
     """One line; table (seeds, columns)."""
     show(name, *map(cell, zip(*table)))
-
-
-def of_log(log, name):
-    """A column of stage 2's log over the last 100 steps."""
-    return log[-100:, s2.COLUMNS.index(name)]
 
 
 # ---- the tables ------------------------------------------------------------------------------
@@ -192,8 +173,9 @@ def additions(bench):
         table = []
         for seed in bench.seeds:
             _, log, seen = bench.rater(seed, name)
-            table.append([*areas(seen[bench.steps], bench.strata(seed)), of_log(log, "ess").min(),
-                          of_log(log, "W_batch").min(), of_log(log, "W_batch").max()])
+            W_batch = log["W_batch"][-100:]
+            table.append([*areas(seen[bench.steps], bench.strata(seed)), log["ess"][-100:].min(),
+                          W_batch.min(), W_batch.max()])
         print_row(name, table)
 
 
@@ -209,7 +191,7 @@ def training(bench):
             cells, ours = (areas(of[bench.steps], strata) for of in (
                 seen, bench.rater(seed, base)[2]))
             table.append([*cells, cells[1] - ours[1], pure(seen[bench.steps], strata, 0.5),
-                          of_log(log, "ess").mean(), of_log(log, "gap_mean").mean()])
+                          *(log[column][-100:].mean() for column in ("ess", "gap_mean"))])
         print_row(name, table)
 
 
@@ -223,9 +205,8 @@ def stopping(bench):
             table = []
             for seed in bench.seeds:
                 strata, (_, log, seen) = bench.strata(seed), bench.rater(seed, name)
-                ess = log[max(0, k - 20):k, s2.COLUMNS.index("ess")].mean()
                 table.append([*areas(seen[k], strata), pure(seen[k], strata, 0.1),
-                              pure(seen[k], strata, 0.5), ess])
+                              pure(seen[k], strata, 0.5), log["ess"][max(0, k - 20):k].mean()])
             print_row(f"{name} | {k}", table)
     draw_stopping(bench)
 
@@ -233,17 +214,14 @@ def stopping(bench):
 def draw_stopping(bench):
     """AUC against meta steps, every seed a thin line, their mean a thick one."""
     figure, axes = plt.subplots(1, 3, figsize=(10, 3), sharey=True)
-    for name, colour, style in ((OURS, "#0072B2", "-"), (FREE, "#0072B2", ":"),
-                                (LOSS, "#D55E00", "-"), (FREE_LOSS, "#D55E00", ":")):
+    for name, style in ((OURS, "-C0"), (FREE, ":C0"), (LOSS, "-C1"), (FREE_LOSS, ":C1")):
         steps = sorted(bench.rater(0, name)[2])
         curves = np.array([[areas(bench.rater(seed, name)[2][k], bench.strata(seed)) for k in steps]
                            for seed in bench.seeds])                          # (seeds, times, 3)
         for axis, other, lines in zip(axes, OTHERS, curves.transpose(2, 0, 1)):
-            axis.plot(steps, lines.T, style, color=colour, linewidth=0.7, alpha=0.6)
-            axis.plot(steps, lines.mean(0), style, color=colour, linewidth=2,
-                      label=name.replace(" (--tau 0)", "").replace(", as shipped", ""))
-            axis.set(xlabel="meta step", ylim=(-0.02, 1.02))
-            axis.set_title(f"informative over {other}", fontsize=9)
+            axis.plot(steps, lines.T, style, linewidth=0.7, alpha=0.6)
+            axis.plot(steps, lines.mean(0), style, linewidth=2, label=name.split(" (")[0])
+            axis.set(xlabel="meta step", ylim=(-0.02, 1.02), title=f"informative over {other}")
     axes[0].set_ylabel("AUC of the logits")
     axes[0].legend(fontsize=8, loc="lower right")
     s3.save_figure(figure, bench.out / "departures-stopping.png")
@@ -331,8 +309,7 @@ def weights(bench):
     head("pairs under the softmax", "largest ratio of two weights: possible, row 3",
                "measured, row 3", "measured, as shipped", "ESS: lowest possible, row 3",
                "measured, row 3", "measured, as shipped")
-    sizes = (2, 8, 32) if bench.smoke else (2, 8, 32, 64, 128, 512)
-    for B in sizes:
+    for B in (2, 8, 32) if bench.smoke else (2, 8, 32, 64, 128, 512):
         ratio, ess = bounds(B)
         row3, ours = ([spread(bench, seed, name, weigh, B) for seed in bench.seeds] for name, weigh
                       in ((SOFTMAX, soften_twice), (OURS, s2.weigh)))
@@ -386,7 +363,7 @@ def draw_temperature(bench):
     figure, axis = plt.subplots(figsize=(5, 3))
     W_batch, (nets, *_) = torch.linspace(0, 1, 21), bench.rater(0, SOFTMAX)
     x, c = bench.warm(0)[1].batch(np.arange(256))
-    for B, colour in ((4, "#D55E00"), (8, "#E69F00"), (32, "#0072B2")):
+    for B, colour in ((4, "C3"), (8, "C1"), (32, "C0")):
         logits = nets["rater"].logits(nets["rater"].features(x, c)).sigmoid()
         V = (W_batch[:, None, None] * logits.view(-1, B).softmax(1)).softmax(2)   # (21, 256 / B, B)
         axis.plot(W_batch, (V.amax(2) / V.amin(2)).mean(1), color=colour, label=f"{B} pairs")
@@ -422,32 +399,32 @@ def scoring(bench):
                        ("ours, torchrun 03_score.py", rate_broken(1001))):
         again = len(keys) - len(set(keys))
         missing = len(set(range(1001)) - BROKEN - set(keys))
-        print(f"| {name} | {len(keys)} | {again} | {missing} | {len(BROKEN & set(keys))} |")
+        show(name, len(keys), again, missing, len(BROKEN & set(keys)))
 
 
 def rescore(bench, seed):
     """{row: rank correlation, shared top half, inflation, AUC over wrong captions, of both}."""
     (_, pairs, *_), (nets, *_) = bench.warm(seed), bench.rater(seed, OURS)
-    strata, size = bench.strata(seed), 60 if bench.smoke else 256
-    listed = np.arange(len(pairs))
+    strata, size, listed = bench.strata(seed), 60 if bench.smoke else 256, np.arange(len(pairs))
     mixed = np.random.default_rng(seed).permutation(len(pairs))
-    whole = len(pairs) // size * size                      # the rest is a short last batch
 
     def compare(one, two, last=()):
         rest = np.setdiff1d(listed, last)
-        return (spearman(one, two), shared_top(one, two),
+        top = [positions(values) >= len(values) // 2 for values in (one, two)]
+        return (spearman(one, two), np.logical_and(*top).mean() * 2,
                 two[last].mean() / two[rest].mean() if len(last) else 1.0,
                 areas(one, strata)[1], areas(two, strata)[1])
+
+    def compare_released(order):                           # whose last batch is a short one
+        return compare(first, score_batches(nets["rater"], pairs, order, size),
+                       order[len(pairs) // size * size:])
     first = score_batches(nets["rater"], pairs, listed, size)
-    again = np.argsort(-first, kind="stable")
-    by_rating = score_batches(nets["rater"], pairs, again, size)
     ours, moved = rate(nets, pairs, bench.smoke)["rating"], np.empty(len(pairs))
     moved[mixed] = rate(nets, pairs.take(mixed), bench.smoke)["rating"]
     full, without, _ = blank(bench, seed)
     return {
-        "released: in another order": compare(
-            first, score_batches(nets["rater"], pairs, mixed, size), mixed[whole:]),
-        "released: sorted by a first rating": compare(first, by_rating, again[whole:]),
+        "released: in another order": compare_released(mixed),
+        "released: sorted by a first rating": compare_released(np.argsort(-first, kind="stable")),
         "ours: in another order": compare(ours, moved),
         "released: a tenth of the captions blank": compare(full, without)}
 
@@ -456,8 +433,7 @@ def rescore(bench, seed):
 def blank(bench, seed):
     """Row 7: logits (N,) with all captions, with a tenth blanked, and {stratum: share of its
     blanked pairs that were in the top half, share that then are}."""
-    (_, pairs, *_), (nets, *_) = bench.warm(seed), bench.rater(seed, OURS)
-    strata = bench.strata(seed)
+    (_, pairs, *_), (nets, *_), strata = bench.warm(seed), bench.rater(seed, OURS), bench.strata(seed)
     x, c = pairs.batch()
     dropped = s1.drop_captions(c, s1.seeded("cpu", seed, "blank"))
     full, without = (nets["rater"].logits(nets["rater"].features(x, words)).numpy()
@@ -480,7 +456,13 @@ def replace_broken(count):
 def rate_broken(count):
     """Row 8, ours: rows named in ratings.csv after two processes of 03_score.py on a tar."""
     with tempfile.TemporaryDirectory() as folder:
-        pack(s1.draw_toy(count, 16, 0, "train"), Path(folder) / "pairs.tar")
+        with tarfile.open(f"{folder}/pairs.tar", "w") as tar:
+            for row, (key, image, caption, _) in enumerate(s1.draw_toy(count, 16, 0, "train")):
+                file = io.BytesIO()
+                Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
+                whole = None if row not in BROKEN else 100           # cut off in the middle
+                add_member(tar, f"{key}.png", file.getvalue()[:whole])
+                add_member(tar, f"{key}.txt", caption.encode())
         for command, launcher in (("01_proxy.py --smoke", ()), ("02_meta_rater.py --smoke", ()), (
                 f"03_score.py --data {folder}/pairs.tar", conftest.TORCHRUN)):
             conftest.run(f"{command} --out {folder}/out", launcher).check_returncode()
@@ -489,30 +471,19 @@ def rate_broken(count):
             return [int(line["key"].removeprefix("train")) for line in csv.DictReader(file)]
 
 
-def pack(pairs, path):
-    """A tar of PNG files and captions; the images of BROKEN rows are cut off in the middle."""
-    with tarfile.open(path, "w") as tar:
-        for row, (key, image, caption, _) in enumerate(pairs):
-            file = io.BytesIO()
-            Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
-            data = file.getvalue()[:100 if row in BROKEN else None]
-            for kind, content in ((".png", data), (".txt", caption.encode())):
-                member = tarfile.TarInfo(key + kind)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-
-
 TABLES = {"additions": additions, "training": training, "weights": weights, "scoring": scoring,
           "stopping": stopping, "assumption": assumption}
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+
+def main(argv=None):
+    parser = command_line(__doc__, "out/departures")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", default="out/departures")
-    parser.add_argument("--smoke", action="store_true", help="tiny runs, to see that it works")
-    arguments = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    shared = Bench(arguments)
-    for table_name in arguments.tables or TABLES:
-        TABLES[table_name](shared)
+    bench = Bench(args)
+    for name in args.tables or TABLES:
+        TABLES[name](bench)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,8 @@
 
     python tests/figures.py --out out        after stages 1 and 2; writes pipeline.png, eq6.png,
                                              apart.png (of the tables in .assets/evidence.md) and
-                                             example.png, whose table it prints for the lecture;
+                                             example.png, whose table it prints for the lecture,
+                                             rater.png and rater-tau0.png (two raters learn);
                                              after stage 3 dynamics.png (a warm-up by rating), and
                                              with both signals bells.png;
                                              after evidence.py retention retention.png;
@@ -10,7 +11,6 @@
                                              holds stages 1 to 3 of pairs with planted dirt
 """
 import csv
-import itertools
 import re
 import textwrap
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from matplotlib import patheffects
 from matplotlib import pyplot as plt
 
-from common import CPU, Watched, areas, print_table, s1, s2, s3, s4, s5
+from common import CPU, Watched, areas, print_table, s1, s2, s3, s4, s5, start_nets
 
 ASSETS = Path(__file__).resolve().parent.parent / ".assets"
 BLUE, RED, GREY = "#0072B2", "#C03000", "0.35"
@@ -362,7 +362,37 @@ def draw_real(path, pairs, rating):
     s3.save_figure(figure, path)
 
 
-# ---- how a warm-up treats high and low ratings ------------------------------------------------
+# ---- how a rater learns, and a warm-up by rating ----------------------------------------------
+def draw_rater(path, settings, weights, pairs, val, flags):
+    """Logits of 512 pairs by stratum over a run of stage 2, and the health of its weights."""
+    probe, seen = pairs.take(np.arange(min(512, len(pairs)))), {}
+    args, nets = s2.parse_args(["--smoke"] * settings.smoke + flags), start_nets(settings, weights)
+
+    @torch.no_grad()
+    def after(k):
+        if k % max(1, args.steps // 10) == 0:
+            seen[k] = nets["rater"].logits(nets["rater"].features(*probe.batch())).numpy()
+    progress = Watched(after)
+    s2.learn(nets, pairs, val, args, settings.seed, progress)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
+    logits, strata = np.array([*seen.values()]), probe.strata()               # (times, 512)
+    logits -= logits.mean(1, keepdims=True)
+    for (stratum, (name, *_)), style in zip(LOOKS.items(), ("-", "--", ":", "-.")):
+        low, middle, high = np.percentile(logits[:, strata == stratum], (25, 50, 75), axis=1)
+        left.plot([*seen], middle, style, color=s1.STRATUM_COLOURS[stratum], label=name)
+        left.fill_between([*seen], low, high, color=s1.STRATUM_COLOURS[stratum], alpha=0.2)
+    left.set(xlabel="meta step", ylabel="logit, centred (median, quartiles)")
+    window = min(25, args.steps)
+    for name, column in zip(s2.COLUMNS, np.transpose(progress.log)):
+        if name in ("ess", "W_batch", "logit_std"):
+            right.plot(range(window, args.steps + 1), np.convolve(
+                column, np.full(window, 1 / window), "valid"), label=name)
+    right.set(xlabel="meta step", ylim=(0, None))
+    for axis in (left, right):
+        s3.legend_above(axis)
+    s3.save_figure(figure, path)
+
+
 def probe_dynamics(proxy, pairs, rows, draws, seed):
     """Mean loss and gradient norm of `draws` batches from the corpus rows of one band."""
     values = []
@@ -401,7 +431,7 @@ def draw_dynamics(path, settings, pairs, rating):
 
 def main(argv=None):
     out = Path(s1.parse(argv, __doc__).out)
-    settings, _ = s1.load(out / "proxy.pt", "01_proxy.py")
+    settings, weights = s1.load(out / "proxy.pt", "01_proxy.py")
     pairs, ratings = s1.open_pairs(out / "pairs"), {}
     for equation, stem in (("eq. 6", s5.EQ6), ("eq. 9", s5.EQ9)):
         if (out / f"{stem}.npy").exists():
@@ -419,6 +449,9 @@ def main(argv=None):
     example = work_example(nets, pairs, group_size)
     print_example(pairs, *example)
     draw_example(out / "example.png", pairs, *example)
+    val = s1.open_pairs(out / "pairs", "val")
+    for name, flags in (("rater", []), ("rater-tau0", ["--tau", "0"])):
+        draw_rater(out / f"{name}.png", settings, weights, pairs, val, flags)
     if "eq. 6" in ratings:
         draw_dynamics(out / "dynamics.png", settings, pairs, ratings["eq. 6"]["rating"])
     if len(ratings) == 2:

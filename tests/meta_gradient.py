@@ -12,11 +12,10 @@
     python tests/meta_gradient.py exact distance --seeds 5         twelve minutes, one thread
     python tests/meta_gradient.py validation diversity --seeds 3   forty minutes, one thread
 
-A seed redraws everything: the toy corpus, the warm proxy (made here as 01_proxy.py makes it), the
-rater, the downstream model. Prints Markdown tables, mean and 95 % interval (Student's t) over
-seeds; figures into --out. AUC = P(an informative pair is rated above one of the other stratum).
+A seed redraws everything: the toy corpus, the warm proxy, the rater, the downstream model. Prints
+Markdown tables, mean and 95 % interval (Student's t) over seeds; figures into --out. AUC = P(an
+informative pair is rated above one of the other stratum).
 """
-import argparse
 import copy
 import functools
 import time
@@ -29,8 +28,8 @@ from matplotlib import pyplot as plt
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import (CPU, RULES, areas, cell, collect, open_judge, print_table, ruled, s1, s2, s3,
-                    s4, s5, spearman, start_nets, train_arm, warm_up)
+from common import (RULES, areas, cell, collect, command_line, open_judge, print_table, ruled, s1,
+                    s2, s3, s4, s5, spearman, start_nets, train_arm, train_proxy, warm_up)
 
 OTHERS = ("chaotic-caption", "chaotic-noise", "plain")     # the strata in the order of the tables
 LEVELS = (0.4, 0.6, 0.8, 0.95)                             # t of the loss that is looked at
@@ -40,24 +39,16 @@ LEVELS = (0.4, 0.6, 0.8, 0.95)                             # t of the loss that 
 UNROLLED, BETAS = (1, 2, 4, 8), (0.001, 0.01, 0.05)        # K, and the step size of eq. 5
 
 
-class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps for a backward pass, every storage once."""
+def saved_megabytes(function):
+    """What autograd keeps for backward passes while `function` runs, every storage once."""
+    storages = {}
 
-    def __init__(self):
-        self.storages = {}
-        super().__init__(self.note, lambda tensor: tensor)
-
-    def __enter__(self):
-        super().__enter__()
-        return self
-
-    def note(self, tensor):
-        storage = tensor.untyped_storage()
-        self.storages[storage.data_ptr()] = storage.nbytes()
+    def note(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
-
-    def megabytes(self):
-        return sum(self.storages.values()) / 1e6
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        function()
+    return sum(storages.values()) / 1e6
 
 
 def part_by_descent(proxy, train, val, W, beta, steps):
@@ -96,22 +87,8 @@ def draw_pairs(seed, smoke, n=64):
     (x, c), (x_val, c_val) = (split.batch(next(s1.draw_batches(len(split), n, seed, 0, 1)))
                               for split in (pairs, val))
     rng = s1.seeded("cpu", seed, "exact")
-    noises = [s1.draw_noise(x, rng, shift) for shift in
-              (s1.T_SHIFT, 0.0, s1.T_SHIFT)]
+    noises = [s1.draw_noise(x, rng, shift) for shift in (s1.T_SHIFT, 0.0, s1.T_SHIFT)]
     return proxy, (x, c, *noises[0]), (x_val, c_val, *noises[1]), (x, c, *noises[2])
-
-
-def measure_memory(proxy, train, val):
-    """MB kept for backward: one step of eq. 5, and the exact gradient at every K."""
-    W = torch.full((len(train[0]),), 1 / len(train[0]))
-    with SavedBytes() as one_step:
-        part_by_descent(proxy, train, val, W, 0.01, 1)
-    found = []
-    for steps in UNROLLED:
-        with SavedBytes() as unrolled:
-            s2.exact_meta_gradient(proxy, train, val, W, 0.01, steps)
-        found.append(unrolled.megabytes())
-    return one_step.megabytes(), found
 
 
 def exact(args):
@@ -125,9 +102,12 @@ def exact(args):
                 found.setdefault((steps, beta), []).append(numbers)
                 s1.print0(f"seed {seed}  K {steps}  beta {beta}  " + "  ".join(
                     f"{number:.3f}" for number in numbers))
-    one_step, unrolled = measure_memory(*batches[:3])
+    batch = (*batches[:3], torch.full((64,), 1 / 64), 0.01)
+    one_step = saved_megabytes(lambda: part_by_descent(*batch, 1))
+    memory = {steps: saved_megabytes(lambda: s2.exact_meta_gradient(*batch, steps))
+              for steps in UNROLLED}
     rows = [[steps, beta, *(cell(column, 3) for column in np.transpose(numbers)[:3]),
-             cell(np.transpose(numbers)[3], 1), f"{unrolled[UNROLLED.index(steps)]:.0f}"]
+             cell(np.transpose(numbers)[3], 1), f"{memory[steps]:.0f}"]
             for (steps, beta), numbers in found.items()]
     print_table(["K", "beta", "eq. 6, one noise", "eq. 6, two noises", "eq. 9",
                  "time, exact / eq. 6", f"MB, exact (eq. 6: {one_step:.0f})"], rows)
@@ -159,8 +139,7 @@ def part_by_adamw(nets, pairs, val, seed, args, after):
 def choose_pairs(pairs, seed):
     """x, c, eps and strata of up to PER_STRATUM pairs of every stratum."""
     strata = pairs.strata()
-    rows = np.concatenate([np.flatnonzero(strata == name)[:PER_STRATUM]
-                           for name in s1.STRATA])
+    rows = np.concatenate([np.flatnonzero(strata == name)[:PER_STRATUM] for name in s1.STRATA])
     x, c = pairs.batch(rows)
     eps = torch.randn(x.shape, generator=s1.seeded("cpu", seed, "look"))
     return x, c, eps, strata[rows]
@@ -200,19 +179,11 @@ def compare_inner_products(proxy, val, x, c, eps, strata, seed):
     return found
 
 
-def train_on_trusted(val, seed, smoke):
-    """RHO-LOSS's own holdout model: from scratch on validation pairs, with stage 1's settings."""
-    settings = warm_up(seed, smoke)[0]
-    net = s1.build_proxy(settings, CPU)
-    return s1.train(net, val, settings.steps, settings.batch_size, settings.lr, seed)
-
-
 @torch.no_grad()
 def compare_holdouts(nets, x, c, strata, seed):
     """{theta's name: AUC (3,) and of plain over both chaotic ones} of the mean of 8 draws."""
-    found = {}
-    chaotic = np.char.startswith(strata, "chaotic")
-    for name in ("proxy", "alone", "scratch"):
+    found, chaotic = {}, np.char.startswith(strata, "chaotic")
+    for name in THETAS:
         parts = [s3.baselines(nets[name], nets["ref"], *part, s1.seeded(
             "cpu", seed, "holdout", k))[1] for k, part in enumerate(zip(x.split(PART),
                                                                         c.split(PART)))]
@@ -236,7 +207,7 @@ def measure_distance(seed, smoke):
                       f"{np.round(curve[-1][2], 3)}")
     inner = compare_inner_products(proxy, val, x, c, eps, strata, seed)
     part_by_adamw(nets, pairs, val, seed, args, after)
-    nets["scratch"] = train_on_trusted(val, seed, smoke)
+    nets["scratch"] = train_proxy(settings, val)           # RHO-LOSS's own holdout model
     return curve, inner, compare_holdouts(nets, x, c, strata, seed)
 
 
@@ -434,11 +405,8 @@ QUESTIONS = {"exact": exact, "distance": distance, "validation": validation,
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line(__doc__, "out")
     parser.add_argument("questions", nargs="+", choices=QUESTIONS)
-    parser.add_argument("--seeds", type=int, default=3, help="repetitions of everything")
-    parser.add_argument("--out", default="out", help="folder of the figures")
-    parser.add_argument("--smoke", action="store_true", help="tiny run, to see that it works")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,6 @@
 
 Our time includes the crops for CLIP, whose towers are left out of the FID part.
 """
-import importlib
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,14 +16,15 @@ import torch
 from PIL import Image
 from pytorch_fid.fid_score import calculate_fid_given_paths
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-stage, drawn = importlib.import_module("05_train_eval"), importlib.import_module("test_05_standard")
+import test_05_standard as drawn
+from common import s5
+
 CAPTIONS = ["hello world", "A photo of 2 dogs!!", "it's 1999", "It’s naïve café", "tom &amp; jerry",
             "10²", "😀", "you should've", "x" * 400, "the quick brown fox " * 30,
             "Über straße 中文 текст", "3.14% of $5 — “quoted”"]
 
 
-class Judge(stage.StandardJudge):
+class Judge(s5.StandardJudge):
     """The judge with networks made here instead of read from files."""
 
     def __init__(self, inception, visual):
@@ -33,23 +32,30 @@ class Judge(stage.StandardJudge):
         self.clip = type("Towers", (), {"visual": staticmethod(visual)})()
 
 
+def look_at(judge, folder):
+    """Mean and covariance of the features of the pictures in a folder."""
+    images = [torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+              for file in sorted(folder.iterdir())]
+    return s5.moments(torch.cat([judge.embed_pixels(images[k:k + 50])[0]
+                                 for k in range(0, len(images), 50)]))
+
+
 def compare_fid(folder, count=100, repeats=3):
-    net = drawn.calibrate(stage.build_inception())
+    net = drawn.calibrate(s5.build_inception())
     torch.save(net.state_dict(), folder / "inception.pth")
     pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: torch.load(
         folder / "inception.pth")
-    net.fc = torch.nn.Identity()
+    net.fc, ratios = torch.nn.Identity(), []
     for name, seed in (("a", 1), ("b", 2)):
         (folder / name).mkdir()
         images = drawn.make_images(count, 96, torch.Generator().manual_seed(seed))
         for k, image in enumerate(images.float() * (1 if name == "a" else 0.9)):
             pixels = image.byte().permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(folder / name / f"{k:04d}.png")
-    judge, ratios = Judge(net, lambda x: torch.ones(len(x), 4)), []
+    judge = Judge(net, lambda x: torch.ones(len(x), 4))
     for _ in range(repeats):
         began = time.time()
-        found = [stage.measure_images(judge, str(folder / name), None)[0] for name in "ab"]
-        ours = stage.frechet_distance(*(part for sums in found for part in sums.finish()[1:]))
+        ours = s5.frechet_distance(*look_at(judge, folder / "a"), *look_at(judge, folder / "b"))
         middle = time.time()
         paths = [str(folder / "a"), str(folder / "b")]
         theirs = calculate_fid_given_paths(paths, 50, "cpu", 2048, 0)
@@ -64,12 +70,12 @@ def compare_clip():
     model, _, prepare = open_clip.create_model_and_transforms("ViT-B-32-quickgelu")
     for p in model.parameters():
         p += 0.2 * torch.randn(p.shape) * (p.dim() < 2)
-    model.eval()
-    state = {name: value for name, value in model.state_dict().items() if name != "attn_mask"}
-    ours = stage.load_strictly(stage.Clip(state), state, "open_clip").eval()
-    judge = Judge(lambda x: torch.zeros(len(x), 1), ours.visual)
-    judge.clip = ours
-    judge.tokenize = stage.ClipTokenizer(next(Path(open_clip.__file__).parent.glob("bpe*")))
+    state = {name: value for name, value in model.eval().state_dict().items()
+             if name != "attn_mask"}
+    judge = Judge(lambda x: torch.zeros(len(x), 1), None)
+    judge.clip = s5.Clip(state).eval()
+    judge.clip.load_state_dict(dict(state))
+    judge.tokenize = s5.ClipTokenizer(next(Path(open_clip.__file__).parent.glob("bpe*")))
     ids = open_clip.get_tokenizer("ViT-B-32-quickgelu")(CAPTIONS)
     images = [drawn.make_images(1, size, torch.Generator().manual_seed(size))[0]
               for size in (96, 224, 300, 512)]

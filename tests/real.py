@@ -25,21 +25,18 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import STAGES, Watched, cell, head, show
+from common import (CPU, Watched, cell, chunks, command_line, head, s1, s2, s3, s4, s5, show,
+                    train_proxy)
 
-s1, s2, s3, s4, s5 = STAGES
 SIMILAR = (("t-shirt", "shirt", "pullover", "coat", "dress"), ("sneaker", "sandal", "ankle boot"))
 CHECKS = (100, 200, 400)   # meta steps at which the AUC is taken
 PROBE = 2000               # training pairs that the AUC is taken over
 FOLDER = ["--size", "16", "--width", "96", "--words", "16", "--lr", "1e-3"]
+FASHION = ["--data", "FashionMNIST", "--pairs"]
 CORPORA = {                # name: options of 01_proxy.py
-    "toy": [],
-    "fashion": ["--data", "FashionMNIST", "--pairs", "8000", "--plant", "captions=0.4",
-                "--steps", "800"],
-    "planted": ["--data", "FashionMNIST", "--pairs", "4000",
-                "--plant", "plain=0.3,noise=0.15,captions=0.1"],
-    "similar": ["--data", "FashionMNIST", "--pairs", "8000", "--steps", "800"],
-}
+    "toy": [], "fashion": [*FASHION, "8000", "--plant", "captions=0.4", "--steps", "800"],
+    "planted": [*FASHION, "4000", "--plant", "plain=0.3,noise=0.15,captions=0.1"],
+    "similar": [*FASHION, "8000", "--steps", "800"]}
 
 
 @contextlib.contextmanager
@@ -115,8 +112,8 @@ def build_raters(settings, proxy):
 
 def rate(rater, pairs):
     with torch.no_grad():
-        return torch.cat([rater.logits(rater.features(*pairs.batch(rows))) for rows in
-                          np.array_split(np.arange(len(pairs)), len(pairs) // 512 + 1)]).numpy()
+        return torch.cat([rater.logits(rater.features(*pairs.batch(rows)))
+                          for rows in chunks(pairs)]).numpy()
 
 
 # ---- one meta step, taken apart ---------------------------------------------------------------
@@ -138,7 +135,7 @@ def signals(nets, pairs, seed):
     """{signal: values (N,), high is good} of the two proxies alone, 8 draws."""
     found = []
     with torch.no_grad():
-        for k, rows in enumerate(np.array_split(np.arange(len(pairs)), len(pairs) // 512 + 1)):
+        for k, rows in enumerate(chunks(pairs)):
             rng, (x, c) = s1.seeded("cpu", seed, "signals", k), pairs.batch(rows)
             sums = torch.zeros(5, len(x))
             for _ in range(s3.DRAWS):
@@ -181,11 +178,8 @@ def walk(settings, splits, proxy, steps, dropped, training_term, raters=(), afte
 
 def warm(settings, pairs):
     """The warm proxy, the probe and its strata."""
-    torch.manual_seed(settings.seed)
-    proxy = s1.build_proxy(settings, torch.device("cpu"))
-    s1.train(proxy, pairs, settings.steps, settings.batch_size, settings.lr, settings.seed)
     probe = find_probe(pairs, settings.seed)
-    return proxy, probe, probe.strata()
+    return train_proxy(settings, pairs), probe, probe.strata()
 
 
 def find_probe(pairs, seed):
@@ -259,7 +253,7 @@ def ask_curve(args):
                 for width in (64, 128):
                     settings.width = width
                     torch.manual_seed(seed)
-                    proxy = s1.build_proxy(settings, torch.device("cpu"))
+                    proxy = s1.build_proxy(settings, CPU)
                     probe = find_probe(pairs, seed)
 
                     def after(step):
@@ -334,7 +328,7 @@ def run_arm(work, flags, seed):
     """The row of stage 5 for (arm, how many times the epochs)."""
     arm, times = work
     longer = argparse.Namespace(**{**vars(flags), "epochs": times * flags.epochs})
-    return s5.run_arm((seed, arm), longer, torch.device("cpu"))[0]
+    return s5.run_arm((seed, arm), longer, CPU)[0]
 
 
 def ask_arms(args):
@@ -345,9 +339,9 @@ def ask_arms(args):
         torch.set_num_threads(1)                           # arms side by side
         flags = s5.parse_args(["--out", settings.out, "--lr", str(args.lr)]
                               + ["--smoke"] * args.smoke)
-        work, val = list_arms(pairs, settings.out), s1.open_pairs(Path(settings.out) / "pairs", "val")
-        sees, reference = s5.open_judge(flags.out, flags.metrics, flags.weights, flags.smoke,
-                                        torch.device("cpu"))
+        work = list_arms(pairs, settings.out)
+        val = s1.open_pairs(Path(settings.out) / "pairs", "val")
+        sees, reference = s5.open_judge(flags.out, flags.metrics, flags.weights, flags.smoke, CPU)
         rows = np.arange(min(s5.DRAWN, len(val)))
         floors.append(s5.judge_images(sees, val.batch(rows)[0], val.read("caption", rows),
                                       reference))
@@ -376,14 +370,12 @@ QUESTIONS = {"eyes": ask_eyes, "steps": ask_steps, "signals": ask_signals, "arms
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line(__doc__, "out")
     parser.add_argument("question", choices=QUESTIONS)
     parser.add_argument("corpora", nargs="+", help="toy, fashion, ..., or NAME=TRAIN,VAL")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=5e-3, help="of the downstream model")
     parser.add_argument("--csv", help="arms: keep the rows of every seed here")
     parser.add_argument("--root", help="folder of the data sets, as in 01_proxy.py")
-    parser.add_argument("--smoke", action="store_true", help="tiny run, to see that it works")
     args = parser.parse_args(argv)
     print("`python tests/real.py " + " ".join(argv or sys.argv[1:]) + "`")
     QUESTIONS[args.question](args)

@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from common import head, s1, s2, s3, s4, s5, show
+from common import add_member, head, s1, s2, s3, s4, s5, show
 
 ROOT = Path(__file__).resolve().parent.parent
 TARS, SIDE, DISTINCT = 8, 256, 100
@@ -40,11 +40,8 @@ def pack(folder, count):
     for number, rows in enumerate(np.array_split(np.arange(count), TARS)):
         with tarfile.open(folder / f"{number}.tar", "w") as tar:
             for row in rows:
-                for kind, data in ((".jpg", files[row % DISTINCT].getvalue()),
-                                   (".txt", b"a coloured pattern, number %d" % row)):
-                    member = tarfile.TarInfo(f"{row:09d}{kind}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                add_member(tar, f"{row:09d}.jpg", files[row % DISTINCT].getvalue())
+                add_member(tar, f"{row:09d}.txt", b"a coloured pattern, number %d" % row)
     return [file.getvalue() for file in files]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from test_faults import Cut, cut_at
+from test_scripts import read_tables
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 evidence = importlib.import_module("evidence")
@@ -30,10 +31,10 @@ def test_every_question_yields_its_table(folder, question, capsys, monkeypatch):
                         ("MODELS", {k: v for k, v in evidence.MODELS.items() if "x" not in k})):
         monkeypatch.setattr(evidence, name, fewer)
     evidence.main([question, "--smoke", "--seeds", "1", "--out", str(folder)])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(lines) > 2
-    if question != "time":                                 # which prints a second table
-        assert len({line.count(" | ") for line in lines if "---" not in line}) == 1
+    tables = read_tables(capsys.readouterr().out)
+    assert len(tables) == 1 + (question == "time")
+    for head, *rows in tables:
+        assert rows and {len(row) for row in rows} == {len(head)}
 
 
 def test_heuristics_against_plain_loops():
@@ -43,7 +44,7 @@ def test_heuristics_against_plain_loops():
     x[1] = 0.3
     x[2] = np.where(np.arange(12) < 5, -0.8, 0.9)                            # one clean edge
     found = evidence.heuristics(torch.from_numpy(x)).numpy()
-    for image, (clarity, frequency, edges) in zip(x, found):
+    for image, (clarity, _, edges) in zip(x, found):
         grey = np.pad(image.mean(0), 1, mode="edge")
         at = {(i, j): grey[1 + i:13 + i, 1 + j:13 + j] for i in (-1, 0, 1) for j in (-1, 0, 1)}
         laplace = at[-1, 0] + at[1, 0] + at[0, -1] + at[0, 1] - 4 * at[0, 0]
@@ -64,20 +65,15 @@ def test_heuristics_against_plain_loops():
     assert energy[0] > 1 and energy[1] < 1e-6
 
 
-def test_arms_are_told_apart_by_name(stage):
-    for name, arms in evidence.TABLES.items():
-        assert len({arm.name for arm in arms}) == len(arms), name
-        assert {name for arm in arms for name in arm.rank_by.split(",")} <= set(stage(4).RANKINGS)
-
-
 def test_a_table_is_stage_5_with_other_arms(chain, tmp_path, capsys, monkeypatch):
     """Three of its arms; cut off in the second it is continued; 05's own results are left alone."""
-    for name in ("proxy.pt", "rater.pt", "ratings.csv", "ratings.npy", "ratings.json",
-                 "results.csv"):
-        shutil.copy(chain / name, tmp_path)
+    for name in ("pairs", "proxy.pt", "proxy.json", "rater.pt", "rater.json", "ratings.npy",
+                 "ratings.csv", "ratings.json", "results.csv"):
+        (shutil.copytree if name == "pairs" else shutil.copy)(chain / name, tmp_path / name)
     random, *others = few = [evidence.TABLES["main"][k] for k in (1, -3, -1)]
     monkeypatch.setitem(evidence.TABLES, "main", few)
-    command = ["main", "--smoke", "--seeds", "1", "--save-every", "0", "--out", str(tmp_path)]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)                  # one after another
+    command = ["main", "--smoke", "--seeds", "1", "--out", str(tmp_path)]
     with monkeypatch.context() as patch, pytest.raises(Cut):
         patch.setattr(evidence.s5, "evaluate", cut_at(evidence.s5.evaluate, 2))
         evidence.main(command)
@@ -91,7 +87,10 @@ def test_a_table_is_stage_5_with_other_arms(chain, tmp_path, capsys, monkeypatch
     assert (tmp_path / "results.csv").read_bytes() == (chain / "results.csv").read_bytes()
 
 
-def test_a_table_stands_before_its_options(capsys):
+def test_tables_have_names_of_their_own_and_stand_before_their_options(stage, capsys):
+    for name, arms in evidence.TABLES.items():
+        assert len({arm.name for arm in arms}) == len(arms), name
+        assert {name for arm in arms for name in arm.rank_by.split(",")} <= set(stage(4).RANKINGS)
     with pytest.raises(SystemExit):
         evidence.main(["--out", "elsewhere", "main"])
     assert "main has to stand before its options" in capsys.readouterr().err
@@ -104,14 +103,13 @@ def test_lora_learns_few_parameters_and_leaves_the_base_alone():
     for block in net.blocks:                               # or its gates let nothing through
         torch.nn.init.normal_(block.modulation[1].weight, std=0.1)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    pairs = evidence.draw_toy(64, 16, 0, "val")
+    pairs = evidence.collect(evidence.s1.draw_toy(64, 16, 0, "val"))
     x, c = pairs.batch(np.arange(8))
     expected = net(x, torch.full((8,), 0.5), c)
     evidence.add_lora(net, rank=4)
     assert torch.equal(net(x, torch.full((8,), 0.5), c), expected)            # zero at first
-    learnt = {name for name, p in net.named_parameters() if p.requires_grad}
     shapes = [(64, 192), (64, 64), (64, 256), (256, 64)]   # qkv, out, and the two of the MLP
-    assert sum(net.get_parameter(name).numel() for name in learnt) == 3 * sum(
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 3 * sum(
         4 * (a + b) for a, b in shapes)
     evidence.s1.train(net, pairs, 6, 16, 1e-2, 0)
     after = {name.replace(".base.", "."): value for name, value in net.state_dict().items()}
@@ -125,21 +123,21 @@ def test_unet_keeps_the_shape_and_reads_the_caption():
     torch.nn.init.normal_(net.leave[2].weight)
     x, t = torch.randn(4, 3, 16, 16), torch.rand(4)
     c = evidence.s1.tokenize(["a red circle"] * 2 + ["a blue square"] * 2, 8)
+    c = torch.from_numpy(c).long()
     assert net(x, t, c).shape == x.shape
     assert not torch.allclose(net(x, t, c)[:2], net(x, t, c.flip(0))[:2])
 
 
-def test_preference_pairs_hold_every_caption_with_a_good_and_a_worse_picture():
-    pairs = evidence.draw_preferences(200, 16, 0, "train")
-    good = np.array(pairs.strata) == "informative"
-    captions = np.array(pairs.captions)
+def test_corpora_are_as_they_are_described():
+    pairs = evidence.collect(evidence.draw_preferences(200, 16, 0, "train"))
+    good, captions = pairs.strata() == "informative", np.array(pairs.read("caption"))
     assert sorted(captions[good]) == sorted(captions[~good]) and good.sum() == 100
-
-
-def test_long_captions_fit_and_pictures_vary():
-    pairs = evidence.draw_clean(200, 16, 0, "train")
-    assert max(len(caption.split()) for caption in pairs.captions) <= 16
-    assert len(set(pairs.strata)) == 4 and pairs.images.flatten(1).unique(dim=0).shape[0] == 200
+    pairs = evidence.collect(evidence.draw_clean(200, 16, 0, "train"), 16)
+    assert max(len(caption.split()) for caption in pairs.read("caption")) <= 16
+    assert len(np.unique(pairs.strata())) == 4 and len(np.unique(pairs.entries["pixels"])) == 200
+    pairs = evidence.collect(evidence.draw_sharded(800, 16, 0, "train"))
+    good = (pairs.strata() == "informative").reshape(20, 40).mean(1)
+    assert good.min() < 0.1 and good.max() > 0.9 and len(set(np.round(good, 2))) > 15
 
 
 def test_shards_are_read_one_by_one_and_validation_as_always():

@@ -1,4 +1,4 @@
-"""The experiment scripts beside the tests, tiny: each prints its tables and draws its figures."""
+"""The experiment scripts beside the tests, tiny: their tables, their figures, what they promise."""
 import importlib
 import re
 import subprocess
@@ -11,36 +11,85 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
-common, figures, bench = map(importlib.import_module, ("common", "figures", "bench"))
-
-SCRIPTS = {"meta_gradient.py exact --smoke --seeds 1": "| 8 | 0.05 |",
-           "departures.py additions weights --smoke --seeds 1": "| eq. 6, no entropy term"}
+bench, common, compare, departures, figures, meta, real, scale = map(importlib.import_module, (
+    "bench", "common", "compare", "departures", "figures", "meta_gradient", "real", "scale"))
 LECTURE = (ROOT / ".assets/lecture.md").read_text()
+RUNS = {                   # what is asked: its tables' first cells, what is made smaller
+    "meta exact": ("K", {"UNROLLED": (1, 2), "BETAS": (0.05,)}),
+    "meta distance": ("over chaotic-caption, steps apart; over chaotic-noise, steps apart; "
+                      "over plain, steps apart; theta trained on", {"APART": (1, 3)}),
+    "meta validation": ("validation pairs", {"TRUSTED": {
+        name: meta.TRUSTED[name] for name in list(meta.TRUSTED)[::5]}}),
+    "meta diversity": ("selection", {"KEEP": (0.2, 0.5), "RULES": {"Top-K": "topk"}}),
+    "departures additions stopping weights": (
+        "variant; signal, entropy term; pairs under the softmax; batch", {}),
+    "departures training": ("variant", {}), "departures assumption": ("corpus", {}),
+    "departures scoring": ("rows 6 and 7: a corpus scored twice; row 7: pairs whose caption was "
+                           "blanked; row 8: 2 processes, 1001 pairs, 10 broken", {}),
+    "real eyes toy": ("toy: rater", {"CHECKS": (2, 4)}), "real steps toy": ("toy: meta step", {}),
+    "real curve toy": ("toy: width", {}), "real signals toy": ("toy: AUC over", {}),
+    "real arms toy": ("toy: AUC over; arm; arm", {})}
+SLOW = ("departures scoring", "departures training", "real arms toy", "real curve toy",
+        "real steps toy")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", SCRIPTS)
-def test_prints_its_table(command, tmp_path):
-    done = subprocess.run([sys.executable, *f"tests/{command}".split(), "--out", str(tmp_path)],
-                          cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert SCRIPTS[command] in done.stdout
+def read_tables(text):
+    """The Markdown tables of a text, each a list of rows of cells."""
+    blocks = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    return [[line[2:-2].split(" | ") for line in block.splitlines() if "|---" not in line]
+            for block in blocks]
 
 
-@pytest.mark.slow
-def test_draws_the_figures_of_the_readme(chain):
-    done = subprocess.run([sys.executable, "tests/figures.py", "--out", str(chain)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    named = re.findall(r"!\[.*?\]\((.+?)\)", LECTURE)
-    assert len(named) == 6 and all((chain / name).exists() for name in named)
-    assert all(f"| {name} |" in done.stdout for name, _ in figures.QUANTITIES.values())
+@pytest.mark.parametrize("asked", [pytest.param(
+    asked, marks=[pytest.mark.slow] * (asked in SLOW)) for asked in RUNS])
+def test_prints_its_tables(asked, tmp_path, monkeypatch, capsys):
+    """All under their heads, none empty, each row as wide as its head."""
+    (name, *words), (heads, smaller) = asked.split(), RUNS[asked]
+    for what, value in smaller.items():
+        monkeypatch.setattr(globals()[name], what, value)
+    out = [] if name == "real" else ["--out", str(tmp_path)]
+    globals()[name].main([*words, "--smoke", "--seeds", "1", *out])
+    tables = read_tables(capsys.readouterr().out)
+    assert [table[0][0] for table in tables] == heads.split("; ")
+    for head, *rows in tables:
+        assert rows and {len(row) for row in rows} == {len(head)}
+        assert not any("nan" in cell for row in rows for cell in row[:3])
 
 
-def test_compares_two_arms_of_the_committed_table():
-    done = subprocess.run([sys.executable, "tests/compare.py", ".assets/results-main.csv",
-                           "eq. 6, Top-K 50%", "full"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "match +48.4 ± 6.2 wins" in done.stdout, done.stdout
+def test_similar_captions_are_swapped_on_the_disk(tmp_path, stage):
+    """Some t-shirts become shirts, in caption, tokens and stratum alike; no bag ever changes."""
+    classes = ("t-shirt", "shirt", "bag") * 40
+    folder, s1 = tmp_path / "pairs", stage(1)
+    pairs = common.collect((f"{k}", np.zeros((3, 8, 8)), s1.name_class(name), "informative")
+                           for k, name in enumerate(classes))
+    folder.mkdir()
+    for name in ("images", "tokens", "entries"):
+        np.save(folder / f"{name}.npy", getattr(pairs, name))
+    np.save(folder / "train.npy", pairs.rows)
+    (folder / "texts.jsonl").write_bytes(pairs.texts)
+    (folder / "made.json").write_text("{}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(real, "SIMILAR", (("t-shirt", "shirt"),))
+        real.swap_similar(folder, 0.4, 0)
+    after = s1.open_pairs(folder)
+    old, new = (np.array(part.read("caption")) for part in (pairs, after))
+    changed = old != new
+    assert 20 < changed.sum() < 45 and not changed[2::3].any()
+    assert (after.strata() == np.where(changed, "planted-caption", "informative")).all()
+    assert (after.tokens == s1.tokenize(new, 8)).all()
+
+
+def test_two_arms_are_compared_in_pairs(tmp_path):
+    file = tmp_path / "results.csv"
+    numbers = {"a": (1.0, 4.0), "b": (3.0, 5.0)}
+    metrics = list(common.s5.METRICS)
+    file.write_text("\n".join([",".join(["arm", "seed", *metrics]), *(
+        ",".join([arm, str(seed), *[str(value)] * len(metrics)])
+        for arm, values in numbers.items() for seed, value in enumerate(values))]))
+    found = compare.compare(file, "a", "b")                # -2 and -1, t of one d.o.f.
+    assert found["match"] == "-1.5 ± 6.4 tie" and list(found) == metrics
+    with pytest.raises(SystemExit, match="it has a, b"):
+        compare.compare(file, "a", "c")
 
 
 def test_areas_and_rank_correlation():
@@ -50,20 +99,25 @@ def test_areas_and_rank_correlation():
     assert common.spearman([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(0.8)
 
 
-def test_retention_is_drawn_from_the_committed_table(tmp_path):
-    figures.draw_retention(tmp_path / "retention.png", ROOT / ".assets/results-retention.csv")
-    assert (tmp_path / "retention.png").stat().st_size > 10000
+# ---- figures ---------------------------------------------------------------------------------
+def test_draws_the_figures_of_the_pages(chain, capsys):
+    figures.main(["--out", str(chain)])
+    named = re.findall(r"!\[.*?\]\((.+?)\)", LECTURE)
+    assert len(named) == 6 and all((chain / name).exists() for name in named)
+    assert all((chain / f"{name}.png").exists() for name in ("rater", "rater-tau0", "dynamics"))
+    said = capsys.readouterr().out
+    assert all(f"| {name} |" in said for name, _ in figures.QUANTITIES.values())
 
 
-def test_auc_against_steps_apart_is_read_from_the_committed_tables(tmp_path):
+def test_figures_of_the_committed_tables(tmp_path):
     text = (ROOT / ".assets/evidence.md").read_text()
     found = figures.read_apart(text)
     assert list(found) == ["chaotic-caption", "chaotic-noise", "plain"]
     assert all([row[0] for row in rows] == [1, 3, 10, 20, 50, 100, 200, 400]
                for rows in found.values())
-    assert found["chaotic-caption"][-1] == (400, 0.989, 0.005)
     figures.draw_apart(tmp_path / "apart.png", text)
-    assert (tmp_path / "apart.png").stat().st_size > 10000
+    figures.draw_retention(tmp_path / "retention.png", ROOT / ".assets/results-retention.csv")
+    assert all(path.stat().st_size > 10000 for path in tmp_path.iterdir())
 
 
 def test_bells_say_how_much_of_each_half_is_informative(tmp_path, capsys):
@@ -71,30 +125,23 @@ def test_bells_say_how_much_of_each_half_is_informative(tmp_path, capsys):
     strata = np.repeat(list(figures.LOOKS), [80, 60, 40, 20])
     table = {"rating": -np.arange(200.0), "stratum": strata}
     figures.draw_bells(tmp_path / "bells.png", {"eq. 6": table, "eq. 9": table})
-    assert (tmp_path / "bells.png").stat().st_size > 10000
     top, bell = map(int, re.findall(r"(\d+) %", capsys.readouterr().out.splitlines()[0]))
-    assert top == 80 and 10 < bell < 40   # 30 lie behind the quarter
+    assert top == 80 and 10 < bell < 40                    # 30 lie behind the quarter
 
 
-@pytest.fixture(scope="module")
-def example():
-    """The worked example of untrained networks that differ, and its pairs."""
-    s1, s2 = figures.s1, figures.s2
+def test_the_worked_example_follows_eqs_5_to_7():
+    """Of untrained networks that differ; the three shown are the medians of their kinds."""
     torch.manual_seed(0)
-    pairs = s1.draw_toy(128, 16, 0, "train")
-    settings = s1.parse_args(["--smoke"])
-    nets = {name: s1.build_proxy(settings, "cpu") for name in ("proxy", "ref")}
-    for net in nets.values():
-        for p in net.parameters():                         # some begin at 0
+    pairs = common.collect(common.s1.draw_toy(128, 16, 0, "train"))
+    settings = common.s1.parse_args(["--smoke"])
+    weights = common.s1.build_proxy(settings, common.CPU).state_dict()
+    nets = common.start_nets(settings, weights)
+    for name in ("proxy", "ref"):
+        for p in nets[name].parameters():                  # some begin at 0
             p.data += 0.05 * torch.randn_like(p)
-    nets["rater"] = s2.Rater(16, settings.patch, settings.words)
-    return nets, pairs, *figures.work_example(nets, pairs, 32)
-
-
-def test_the_worked_example_follows_eqs_5_to_7(example):
-    nets, pairs, rows, n = example
-    x, c = pairs.batch(rows)
-    assert set(figures.THREE) <= {pairs.strata[row] for row in rows} and len(set(rows)) == 32
+    rows, n = figures.work_example(nets, pairs, 32)
+    strata, (x, c) = pairs.strata(rows), pairs.batch(rows)
+    assert set(figures.THREE) <= {*strata} and len(set(rows)) == 32
     assert torch.equal(n["gap"], n["L_theta"] - n["L_hat"]) and n["gap"].std() > 0
     assert n["rank"][n["gap"].argmin()] == 1 and n["rank"][n["gap"].argmax()] == 32
     assert n["W"].sum().item() == pytest.approx(n["W_batch"][0].item(), rel=1e-5)
@@ -103,20 +150,15 @@ def test_the_worked_example_follows_eqs_5_to_7(example):
                                            n["s"][None], torch.zeros(1, 1))
     wanted, = torch.autograd.grad(objective, logits)       # eq. 6 lowers the objective
     assert torch.allclose(n["push"], -wanted, atol=1e-7)
-
-
-def test_the_three_are_the_medians_of_their_kinds(example):
-    _, pairs, rows, n = example
     for place, stratum in zip(figures.find_three(pairs, rows, n["gap"]), figures.THREE):
-        alike = [k for k, row in enumerate(rows) if pairs.strata[row] == stratum]
-        lower = sum(n["gap"][k] < n["gap"][place] for k in alike)
+        alike = np.flatnonzero(strata == stratum)
+        lower = (n["gap"][alike] < n["gap"][place]).sum()
         assert place in alike and lower == (len(alike) - 1) // 2
 
 
 def test_the_numbers_of_the_lecture_add_up():
     """The committed table, but for its roundings, obeys the equations that its rows name."""
-    lines = [line.strip("| ").split(" | ") for line in LECTURE.splitlines() if line[:1] == "|"]
-    cells = {line[0]: line[1:] for line in lines}
+    cells = {name: row for name, *row in (row for table in read_tables(LECTURE) for row in table)}
     n = {key: np.array(cells[name], float) for key, (name, _) in figures.QUANTITIES.items()}
     assert n["gap"] == pytest.approx(n["L_theta"] - n["L_hat"], abs=1.1e-4)
     assert n["W"] == pytest.approx(n["W_inst"] * n["W_batch"], abs=1e-4)
@@ -130,13 +172,40 @@ def test_the_numbers_of_the_lecture_add_up():
         "lower its weight"]
 
 
+# ---- what is timed ---------------------------------------------------------------------------
 def test_the_rows_of_a_gpu_can_be_measured_and_say_where_they_are_not(capsys):
-    for function, pairs, operations in bench.gpu_stages(torch.device("cpu"), 16, 32, size=32,
-                                                        depth=1).values():
+    for function, operations in bench.gpu_stages(common.CPU, 16, 32, size=32, depth=1).values():
         function()
-        assert pairs == 32 and operations > 0
-    bench.print_gpu_rows(torch.device("cpu"))
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()
-            if line.startswith(("| 384 ", "| 768 "))]
-    assert len(rows) == 2 * 4 * 4 and len({tuple(row[:3]) for row in rows}) == len(rows)
-    assert all(row[3:] == ["not measured", "not measured", "not measured |"] for row in rows)
+        assert operations > 0
+    bench.print_gpu_rows(common.CPU)
+    (_, *rows), = read_tables(capsys.readouterr().out)
+    assert len(rows) == 2 * 3 * 4 == len({tuple(row[:3]) for row in rows})
+    assert all(row[3:] == ["not measured"] * 3 for row in rows)
+
+
+def test_products_and_operations_of_a_step():
+    """Two linear layers on 5 rows: three products, and no gradient of the first one's input."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    multiply, operations = bench.own_products(net, (torch.zeros(5, 3),))
+    multiply()
+    assert operations == 2 * 5 * (2 * 3 * 4 + 3 * 4 * 2)
+
+
+def test_a_corpus_is_prepared_and_selected_from_at_scale(tmp_path, capsys):
+    scale.head("what", "measured")
+    scale.select(tmp_path, 1000)
+    scale.prepare(tmp_path, 120)
+    (_, *rows), = read_tables(capsys.readouterr().out)
+    assert [row[0] for row in rows] == [
+        "selecting half of 1,000 ratings, .npy", "preparing 120 JPEG of 256 px in 8 tars at 16 px",
+        "the first epoch from the map", "the second epoch from the map"]
+    assert len(scale.s1.open_pairs(tmp_path / "out/pairs")) == 108            # a tenth is held out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, rows", [
+    ("scale.py --pairs 300 --jpeg 400 --ratings 1000", [13]), ("bench.py --quick", [13, 5, 24])])
+def test_what_is_timed_fills_its_tables(script, rows):
+    done = subprocess.run([sys.executable, *f"tests/{script}".split()], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE, check=True, timeout=600)
+    assert [len(table) - 1 for table in read_tables(done.stdout)] == rows
