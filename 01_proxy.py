@@ -46,6 +46,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import threading
 import time
 import unicodedata
 import zlib
@@ -501,7 +502,7 @@ def list_tasks(args, skipped):
 def read_tasks(folder, tasks, args, skipped):
     """Write the arrays of all tasks into `folder`, read by all cores. Returns the labels (M,)."""
     counts, began, told = [], time.monotonic(), time.monotonic()
-    loader = functools.partial(DataLoader, tasks, batch_size=None,
+    loader = functools.partial(DataLoader, tasks, batch_size=None, worker_init_fn=begin_worker,
                                collate_fn=functools.partial(read_task, args=args))
     try:
         parts = iter(loader(num_workers=min(torch.get_num_threads(), len(tasks))))
@@ -964,11 +965,23 @@ def launch(main, args):
     except OSError as error:
         raise SystemExit(f"{args.out}: {error}: mend that and run the same command again")
     except (RuntimeError, MemoryError) as error:
-        if not re.search("out of memory|allocate|ALLOC_FAILED|terminated abruptly", str(error)):
+        if not re.search("out of memory|allocate|ALLOC_FAILED|terminated abruptly|killed by signal", str(error)):
             raise
         raise SystemExit("out of memory: lower --batch-size, or --size and --width of 01_proxy.py")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def begin_worker(_=0):
+    """In a worker: Ctrl-C is for the first process, and a worker ends with it, however it ends."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 class Progress:
@@ -1022,8 +1035,9 @@ class Progress:
         numbers = add_up(torch.stack(self.waiting)).tolist() if self.waiting else []
         for row in np.array(numbers) / world():
             if not np.isfinite(row).all():
-                raise SystemExit(f"step {len(self.log) + 1}: {row} is not finite: lower --lr" + (
-                    f"; {self.path} holds an earlier step" if self.path else ""))
+                saved = self.path and self.path.exists()
+                raise SystemExit(f"step {len(self.log) + 1}: {row.tolist()} is not finite: lower "
+                                 "--lr" + (f"; {self.path} holds an earlier step" if saved else ""))
             self.log.append(row.tolist())
         self.waiting, now = [], time.monotonic()
         self.seconds, self.now = self.seconds + now - self.now, now
@@ -1060,8 +1074,9 @@ def atomic_file(path, mode="w"):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:               # RuntimeError: torch on a full disk
-        raise SystemExit(f"{path} cannot be written ({str(error).splitlines()[0]}): mend that and "
-                         "run the same command again; earlier files are as they were")
+        cause = str(error.__context__ or error).splitlines()[0]                # torch hides it
+        raise SystemExit(f"{path} cannot be written ({cause}): mend that and run the same command "
+                         "again; earlier files are as they were")
 
 
 def digest(path):

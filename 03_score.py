@@ -264,7 +264,7 @@ def main(args, device):
     stem = out / f"{name.replace('rater', 'ratings')}{folder.name.removeprefix('pairs')}"
     sources = [out / f"{name}.pt", folder / "made.json"]
     progress = s1.Progress(Path(f"{stem}.progress"), vars(args) | {
-        str(file): s1.digest(file) for file in sources}, ["rated"])
+        file.name: s1.digest(file) for file in sources}, ["rated"])
     companions = draw_companions(nets["rater"], group_size, pairs, settings.seed)
     score(nets, companions, pairs, stem, settings.seed, progress)
     if s1.rank():

@@ -33,9 +33,7 @@ import importlib
 import multiprocessing
 import os
 import re
-import signal
 import sys
-import threading
 import time
 import unicodedata
 import warnings
@@ -124,8 +122,9 @@ def list_arms(args, pairs, pool, arms):
     missing = []
     for arm in arms:
         file = Path(args.out) / f"{arm.ratings}.npy"
-        there = file.exists() and s1.check(file)
-        columns = np.load(file, mmap_mode="r").dtype.names if there else ()
+        columns = np.load(file, mmap_mode="r").dtype.names if file.exists() else ()
+        if columns:
+            s1.check(file)
         if arm.ratings and not set(arm.rank_by.split(",")) <= set(columns):
             missing.append(arm)
             how = "--signal loss" if arm.ratings == EQ9 else "--baselines"
@@ -251,20 +250,9 @@ def run_side_by_side(run, work, cores):
         return map(run, work)
     context = multiprocessing.get_context("spawn")         # a fork would lack torch's threads
     try:
-        return ProcessPoolExecutor(min(cores, len(work)), context, begin_worker).map(run, work)
+        return ProcessPoolExecutor(min(cores, len(work)), context, s1.begin_worker).map(run, work)
     except (OSError, ImportError, NotImplementedError):    # a machine without semaphores
         return map(run, work)
-
-
-def begin_worker():
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)           # the first process ends all
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def run_all(stem, arms, steps, args, lab, device, cores):
@@ -272,7 +260,8 @@ def run_all(stem, arms, steps, args, lab, device, cores):
     files = [Path(arm.file or Path(args.out) / f"{arm.ratings}.npy") for arm in arms
              if arm.file or arm.ratings]
     progress = s1.Progress(Path(f"{stem}.progress"), vars(args) | {
-        str(file): s1.digest(file) for file in [Path(args.out) / "proxy.pt", *files]})
+        f"{k} {file.name}": s1.digest(file)
+        for k, file in enumerate([Path(args.out) / "proxy.pt", *files])})
     results = progress.kept.setdefault("results", [])
     samples = progress.kept.setdefault("samples", {})      # {arm: (8, 3, H, W)}
     first = lab.settings.seed

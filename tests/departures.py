@@ -433,8 +433,8 @@ def rescore(bench, seed):
 def blank(bench, seed):
     """Row 7: logits (N,) with all captions, with a tenth blanked, and {stratum: share of its
     blanked pairs that were in the top half, share that then are}."""
-    (_, pairs, *_), (nets, *_), strata = bench.warm(seed), bench.rater(seed, OURS), bench.strata(seed)
-    x, c = pairs.batch()
+    (_, pairs, *_), (nets, *_) = bench.warm(seed), bench.rater(seed, OURS)
+    strata, (x, c) = pairs.strata(), pairs.batch()
     dropped = s1.drop_captions(c, s1.seeded("cpu", seed, "blank"))
     full, without = (nets["rater"].logits(nets["rater"].features(x, words)).numpy()
                      for words in (c, dropped))

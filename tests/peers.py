@@ -83,8 +83,9 @@ def compare_clip():
                          for image in images])
     cosines = judge.embed_pixels(images)[1] @ judge.embed_captions(CAPTIONS).T
     theirs = model.encode_image(files, normalize=True) @ model.encode_text(ids, normalize=True).T
-    print(f"captions with equal token ids: {int((judge.tokenize(CAPTIONS) == ids).all(1).sum())} of "
-          f"{len(CAPTIONS)}; cosines differ by at most {(cosines - theirs).abs().max():.1e}")
+    equal = (judge.tokenize(CAPTIONS) == ids).all(1).sum()
+    print(f"captions with equal token ids: {equal} of {len(CAPTIONS)}; cosines differ by at most "
+          f"{(cosines - theirs).abs().max():.1e}")
 
 
 if __name__ == "__main__":

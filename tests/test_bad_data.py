@@ -246,6 +246,9 @@ def test_a_tar_is_read_to_its_end_or_the_rest_is_said(stage, tmp_path):
             at // 2048, [f"{51200 - at} of 51200 bytes not read"])
     zeros = bytes(len(whole) - 10240)
     assert after(whole[:10240] + zeros) == (5, ["40960 of 51200 bytes not read"])
+    back = tarfile.TarInfo("20.jpg")
+    back.size = -1536                                      # leads backwards, for ever
+    assert after(whole[:40960] + back.tobuf(tarfile.GNU_FORMAT) + bytes(1024))[0] == 20
     assert after(whole + whole)[1] and after(whole[:40960] + b"x" * 1024)[1]
     found, said = after(whole[:40960])                     # no end mark
     assert found == 20 and said
