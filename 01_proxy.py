@@ -965,7 +965,7 @@ def launch(main, args):
     except OSError as error:
         raise SystemExit(f"{args.out}: {error}: mend that and run the same command again")
     except (RuntimeError, MemoryError) as error:
-        if not re.search("out of memory|allocate|ALLOC_FAILED|terminated abruptly|killed by signal", str(error)):
+        if not re.search("out of memory|allocate|ALLOC_FAILED|abruptly|killed by", str(error)):
             raise
         raise SystemExit("out of memory: lower --batch-size, or --size and --width of 01_proxy.py")
     if dist.is_initialized():

@@ -122,7 +122,7 @@ def list_arms(args, pairs, pool, arms):
     missing = []
     for arm in arms:
         file = Path(args.out) / f"{arm.ratings}.npy"
-        columns = np.load(file, mmap_mode="r").dtype.names if file.exists() else ()
+        columns = (np.load(file, mmap_mode="r").dtype.names or ()) if file.exists() else ()
         if columns:
             s1.check(file)
         if arm.ratings and not set(arm.rank_by.split(",")) <= set(columns):
