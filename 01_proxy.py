@@ -386,7 +386,7 @@ ENTRY = np.dtype([("hash", "u8"), ("pixels", "u8"), ("key", "i8"), ("caption", "
 PREPARED = ("data", "val", "pairs", "plant", "root", "size", "words", "seed", "smoke")
 TASK, TOY_TASK = 2048, 20000           # pairs that a core reads or draws at a time
 LEAST = 16                             # pairs of a split
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[\w{}]+".format("".join(
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w[\w{}]*".format("".join(
     chr(k) for k in range(0x300, 0x1f000) if unicodedata.category(chr(k)).startswith("M"))))
 
 

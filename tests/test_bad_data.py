@@ -5,6 +5,7 @@ folder and as a tar), TABLES (what a table says) and HOPELESS (places without a 
 """
 import csv
 import io
+import itertools
 import json
 import os
 import struct
@@ -248,7 +249,8 @@ def test_a_tar_is_read_to_its_end_or_the_rest_is_said(stage, tmp_path):
     assert after(whole[:10240] + zeros) == (5, ["40960 of 51200 bytes not read"])
     back = tarfile.TarInfo("20.jpg")
     back.size = -1536                                      # leads backwards, for ever
-    assert after(whole[:40960] + back.tobuf(tarfile.GNU_FORMAT) + bytes(1024))[0] == 20
+    path = write(tmp_path, {"0.tar": whole[:40960] + back.tobuf(tarfile.GNU_FORMAT)}) / "0.tar"
+    assert len([*itertools.islice(stage(1).list_members(str(path), []), 100)]) == 40
     assert after(whole + whole)[1] and after(whole[:40960] + b"x" * 1024)[1]
     found, said = after(whole[:40960])                     # no end mark
     assert found == 20 and said

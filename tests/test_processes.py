@@ -40,7 +40,7 @@ def attempt_together(folder, number, flags, strike=(), **how):
 
 # ---- the same numbers ------------------------------------------------------------------------
 SLOW = pytest.mark.slow
-TRIED = {                  # stage: flags, where it is killed, what is compared, how near it has to be
+TRIED = {                  # stage: flags, where it is killed, what is compared, how near
     1: (["--smoke"], (1, "descend", 12), {"proxy.csv": "loss"}, 1e-5),
     2: (["--smoke", "--signal", "loss"], (1, "descend", 34), {"rater-loss.csv": "val ref"}, 1e-5),
     3: (["--baselines"], (3, "score_chunk", 2),
