@@ -29,6 +29,7 @@ Run      python 01_proxy.py                                   toy pairs, 15 s on
          torchrun --nproc-per-node 2 -- 01_proxy.py           same global batch, cut over processes
 """
 import argparse
+import collections
 import contextlib
 import csv
 import datetime
@@ -351,6 +352,9 @@ def parse_args(argv=None):
     for name in ("data", "val", "root"):                   # the same folder, wherever a stage runs
         if vars(args)[name] not in ("", "own", "toy", *DATASETS):
             setattr(args, name, os.path.abspath(os.path.expanduser(vars(args)[name])))
+    if {args.data, args.val} & {*map(str, Path(os.path.abspath(args.out), "x").parents)}:
+        raise SystemExit(f"--out {args.out} lies inside --data or --val, where its files would be "
+                         "read: name another")
     return args
 
 
@@ -470,6 +474,7 @@ def prepare(folder, args):
                 plant_pairs(part, args)
             made["digest"] = digest(part / "entries.npy") + digest(part / "texts.jsonl")
             write_json(part / "made.json", made)
+            (folder / "made.json").unlink(missing_ok=True)  # first: without it nothing is whole
             shutil.rmtree(folder, ignore_errors=True)
             os.sync()                                      # else a power cut leaves a hollow folder
             part.rename(folder)
@@ -505,6 +510,7 @@ def read_tasks(folder, tasks, args, skipped):
     loader = functools.partial(DataLoader, tasks, batch_size=None, worker_init_fn=begin_worker,
                                collate_fn=functools.partial(read_task, args=args))
     try:
+        multiprocessing.Lock()
         parts = iter(loader(num_workers=min(torch.get_num_threads(), len(tasks))))
     except (OSError, ImportError):                         # a machine without semaphores
         parts = iter(loader())
@@ -567,7 +573,7 @@ def split_rows(folder, labels, args):
         again = np.setdiff1d(found, splits[label])
         if len(again):
             print0(f"skipped {len(again)} (comes twice), the first of them pair {again[0] + 1}")
-    corpus = splits.pop("data", labels[:0])
+    corpus = splits.pop("data", np.arange(0))
     if "val" not in args:
         splits = {"train": corpus}
     elif args.val:
@@ -689,11 +695,13 @@ def list_sources(path, skipped):
     files = {os.path.join(folder, name) for place in places for folder, _, names in os.walk(place)
              for name in names}
     files = sorted(file for file in files.union(places) if os.path.isfile(file))
-    tars = [file for file in files if re.search(r"(^|/)[^./][^/]*\.tar$", file, re.I)]
+    top = os.path.commonpath(places)
+    shown = [file for file in files if "/." not in file.removeprefix(top)]
+    tars = [file for file in shown if file.lower().endswith(".tar")]
     if tars:
         return tars, files
-    tables = [file for file in files if file.lower().endswith((".csv", ".jsonl"))]
-    named = [(os.path.relpath(file, os.path.commonpath(places)).replace(os.sep, "/"),
+    tables = [file for file in shown if file.lower().endswith((".csv", ".jsonl"))]
+    named = [(os.path.relpath(file, top).replace(os.sep, "/"),
               Path(file).read_bytes) for file in files]
     pairs = [*read_table(tables[0], files, skipped)] if len(tables) == 1 else []
     pairs = pairs or [*group_files(sorted(named, key=lambda item: SPLIT.match(item[0]).groups()),
@@ -729,8 +737,8 @@ def list_members(tar_path, skipped):
                 skipped.append(("link or device in a tar", member.name))
     with open(tar_path, "rb") as file:
         file.seek(end)
-        tail = file.read(2 ** 20)                          # the end mark: zeros
-    if len(tail) < tarfile.BLOCKSIZE or tail.strip(b"\0"):
+        tail = file.read(12000)                            # the end mark: zeros, a record at most
+    if not tarfile.BLOCKSIZE <= len(tail) < 12000 or tail.strip(b"\0"):
         skipped.append((f"damaged, cut or compressed tar: {max(size - end, 0)} of {size} bytes not "
                         "read", os.path.basename(tar_path)))
 
@@ -753,22 +761,25 @@ def group_files(files, skipped):
 def read_table(table, files, skipped):
     """(key, {suffix: function that reads it}) of the rows of a table, whose pictures are among
     `files`: under the path that it gives, or else anywhere under that name."""
-    by_name, k = {os.path.basename(file): file for file in files} | dict(zip(files, files)), 0
+    named, k = collections.Counter(map(os.path.basename, files)), 0
+    by_name = {name: file for file in files if named[name := os.path.basename(file)] == 1}
+    by_name |= dict(zip(files, files))
     with (open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
           contextlib.suppress(csv.Error)):                 # a quote that is not closed: said below
-        rows = (map(parse_json, file) if table.lower().endswith(".jsonl") else
+        rows = (({column: value for column, value in parse_json(line).items() if value is not None}
+                 for line in file) if table.lower().endswith(".jsonl") else
                 csv.DictReader(file, strict=True, skipinitialspace=True))
         for k, row in enumerate(rows, 1):
             name = next((row[column] for column in FILE_NAMES if column in row), None)
             path = os.path.normpath(os.path.join(os.path.dirname(table), str(name)))
-            picture = by_name.get(path) or by_name.get(os.path.basename(path))
-            if None in (name, *row, *row.values()) or UNSAFE.match(name):
+            picture = by_name.get(path) or by_name.get(str(name))
+            if None in (*row, *row.values()) or not isinstance(name, str) or UNSAFE.match(name):
                 skipped.append(("row that does not fit its table", f"{table}, row {k}"))
             elif not picture:
                 skipped.append(("image file missing", f"{table}, row {k}: {name}"))
             else:
                 kind = os.path.splitext(picture)[1].lower()
-                note = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogateescape")
+                note = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
                 yield (os.path.splitext(name)[0].encode("utf-8", "backslashreplace").decode(), {
                     kind if kind in IMAGE_TYPES else ".jpg": Path(picture).read_bytes,
                     ".json": functools.partial(bytes, note)})
@@ -963,7 +974,8 @@ def launch(main, args):
             child.kill()
         os._exit(130)
     except OSError as error:
-        raise SystemExit(f"{args.out}: {error}: mend that and run the same command again")
+        why = str(error).strip().rpartition("\n")[2]          # of a reader, its last line
+        raise SystemExit(f"{args.out}: {why}: mend that and run the same command again")
     except (RuntimeError, MemoryError) as error:
         if not re.search("out of memory|allocate|ALLOC_FAILED|abruptly|killed by", str(error)):
             raise

@@ -241,7 +241,7 @@ def load_nets(out, signal, settings, device):
 def prepare_other(data, out, settings):
     """Prepare the pairs of --data beside those of stage 1; returns their folder."""
     path = os.path.abspath(os.path.expanduser(data))
-    words = "-".join(re.findall(r"\w+", data.removesuffix(".tar")))[-60:]
+    words = "-".join(re.findall(r"\w+", data.removesuffix(".tar")))[-50:]
     folder = out / f"pairs-of-{words or 'here'}"
     there = s1.read_json(folder / "made.json").get("data", path)
     if there != path:

@@ -198,7 +198,7 @@ def find_files(made, keys):
     key = next(keys, None)
     for label, _, (source, _) in tasks if stamp == made["files"] else ():
         for name, files in s1.list_pairs(source, []) if label == "data" else ():
-            if name == key:
+            if name == key and not isinstance(s1.decode_pair(files, 8), str):
                 yield name, files
                 key = next(keys, None)
     if key is not None:

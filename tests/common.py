@@ -2,9 +2,7 @@
 import argparse
 import functools
 import importlib
-import io
 import sys
-import tarfile
 from pathlib import Path
 from unittest import mock
 
@@ -140,12 +138,6 @@ def print_table(columns, rows):
     head(*columns)
     for row in rows:
         show(*row)
-
-
-def add_member(tar, name, data):
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
 
 
 def command_line(doc, out, seeds=3):

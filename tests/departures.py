@@ -23,7 +23,6 @@ import csv
 import functools
 import io
 import itertools
-import tarfile
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -35,8 +34,8 @@ from PIL import Image
 from torch.utils.data import DistributedSampler
 
 import conftest
-from common import (CPU, OTHERS, Watched, add_member, areas, cell, collect, command_line, head,
-                    positions, rate, s1, s2, s3, show, spearman, start_nets, warm_up)
+from common import (CPU, OTHERS, Watched, areas, cell, collect, command_line, head, positions,
+                    rate, s1, s2, s3, show, spearman, start_nets, warm_up)
 
 OURS, LOSS, FREE = "eq. 6, as shipped", "eq. 9, as shipped", "eq. 6, no entropy term (--tau 0)"
 SIGMOID = "row 3, half: sigmoid head, one softmax, no entropy term"
@@ -45,6 +44,7 @@ DIVIDED = "row 4: weighted loss divided by its batch again"
 SCHEDULE = "row 5: validation only at first"
 RELEASED = "rows 1 and 3 to 5 at once, raw signal"
 FREE_LOSS = "eq. 9, no entropy term"
+OVER = ("over noise", "over wrong caption", "over plain")
 EPOCHS, PER_GPU = 10, 32   # released configuration: rater epochs, pairs under one softmax
 
 
@@ -166,8 +166,7 @@ def print_row(name, table):
 # ---- the tables ------------------------------------------------------------------------------
 def additions(bench):
     """Each addition switched off: AUC of the logits, and the health of the weights."""
-    head("variant", "over noise", "over wrong caption", "over plain", "lowest ESS",
-               "lowest W_batch", "highest W_batch")
+    head("variant", *OVER, "lowest ESS", "lowest W_batch", "highest W_batch")
     for name in (OURS, FREE, "signal standardised, not ranked",
                  "signal neither ranked nor centred", "t not shifted"):
         table = []
@@ -181,9 +180,8 @@ def additions(bench):
 
 def training(bench):
     """Rows 3 to 5: AUC at equal steps; the difference is paired, against the same signal."""
-    head("variant", "over noise", "over wrong caption", "over plain",
-               "wrong caption, minus as shipped", "informative in the top half", "ESS",
-               "L(theta) - L(theta_hat), training pairs")
+    head("variant", *OVER, "wrong caption, minus as shipped", "informative in the top half", "ESS",
+         "L(theta) - L(theta_hat), training pairs")
     for name in (OURS, FREE, SIGMOID, SOFTMAX, DIVIDED, SCHEDULE, LOSS, FREE_LOSS, RELEASED):
         base, table = LOSS if name in (LOSS, FREE_LOSS, RELEASED) else OURS, []
         for seed in bench.seeds:
@@ -198,8 +196,8 @@ def training(bench):
 def stopping(bench):
     """Row 10: AUC, purity and ESS against meta steps, with and without the entropy term."""
     moments = [max(1, round(share * bench.steps)) for share in (0.05, 0.15, 0.25, 0.5, 1)]
-    head("signal, entropy term", "meta steps", "over noise", "over wrong caption",
-               "over plain", "informative in the top tenth", "in the top half", "ESS")
+    head("signal, entropy term", "meta steps", *OVER, "informative in the top tenth",
+         "in the top half", "ESS")
     for name in (OURS, FREE, LOSS, FREE_LOSS):
         for k in moments:
             table = []
@@ -233,9 +231,8 @@ def assumption(bench):
     The small corpus is memorised step by step; its first row and the full corpus' are the warm-up.
     """
     head("corpus", "steps of theta_hat", "L(theta_hat)", "L of perfect memory",
-               "norm of exact gradient", "eq. 6 with exact", "eq. 9 with exact",
-               "eq. 9 with eq. 6 later", "share of L(theta_hat) in eq. 9's variance",
-               "over plain, eq. 6", "over plain, eq. 9")
+         "norm of exact gradient", "eq. 6 with exact", "eq. 9 with exact", "eq. 9 with eq. 6 later",
+         "share of L(theta_hat) in eq. 9's variance", "over plain, eq. 6", "over plain, eq. 9")
     rows = {}
     for seed in bench.seeds:
         settings, pairs, _, weights = bench.warm(seed)
@@ -307,15 +304,15 @@ def perfect_memory(pairs, batch):
 def weights(bench):
     """Rows 3, 4 and 9: how far weights can differ, what trains theta, what W_batch does."""
     head("pairs under the softmax", "largest ratio of two weights: possible, row 3",
-               "measured, row 3", "measured, as shipped", "ESS: lowest possible, row 3",
-               "measured, row 3", "measured, as shipped")
+         "measured, row 3", "measured, as shipped", "ESS: lowest possible, row 3",
+         "measured, row 3", "measured, as shipped")
     for B in (2, 8, 32) if bench.smoke else (2, 8, 32, 64, 128, 512):
         ratio, ess = bounds(B)
         row3, ours = ([spread(bench, seed, name, weigh, B) for seed in bench.seeds] for name, weigh
                       in ((SOFTMAX, soften_twice), (OURS, s2.weigh)))
         print_row(f"{B}", [(ratio, a[0], b[0], ess, a[1], b[1]) for a, b in zip(row3, ours)])
     head("batch", "eq. 5", "row 4: g_train / B", "and first weighted epoch (0.97)",
-               "and last epoch (0.73)")
+         "and last epoch (0.73)")
     for B in (32, 64) if bench.smoke else (32, 64, 512):
         print_row(f"{B}", [gradient_shares(bench, seed, B) for seed in bench.seeds])
     draw_temperature(bench)
@@ -386,7 +383,7 @@ def score_batches(rater, pairs, order, size):
 
 def scoring(bench):
     head("rows 6 and 7: a corpus scored twice", "rank correlation", "shared top half",
-               "mean rating, last batch / others", "over wrong caption, first", "second")
+         "mean rating, last batch / others", "over wrong caption, first", "second")
     tables = [rescore(bench, seed) for seed in bench.seeds]                   # {name: cells}
     for name in tables[0]:
         print_row(name, [table[name] for table in tables])
@@ -394,7 +391,7 @@ def scoring(bench):
     for stratum in ("informative", *OTHERS):
         print_row(stratum, [blank(bench, seed)[2][stratum] for seed in bench.seeds])
     head("row 8: 2 processes, 1001 pairs, 10 broken", "lines", "pairs twice or more",
-               "readable pairs missing", "broken pairs rated")
+         "readable pairs missing", "broken pairs rated")
     for name, keys in (("released: padding, next row", replace_broken(1001)),
                        ("ours, torchrun 03_score.py", rate_broken(1001))):
         again = len(keys) - len(set(keys))
@@ -456,13 +453,12 @@ def replace_broken(count):
 def rate_broken(count):
     """Row 8, ours: rows named in ratings.csv after two processes of 03_score.py on a tar."""
     with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(f"{folder}/pairs.tar", "w") as tar:
-            for row, (key, image, caption, _) in enumerate(s1.draw_toy(count, 16, 0, "train")):
-                file = io.BytesIO()
-                Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG")
-                whole = None if row not in BROKEN else 100           # cut off in the middle
-                add_member(tar, f"{key}.png", file.getvalue()[:whole])
-                add_member(tar, f"{key}.txt", caption.encode())
+        files = {}
+        for row, (key, image, caption, _) in enumerate(s1.draw_toy(count, 16, 0, "train")):
+            Image.fromarray(image.transpose(1, 2, 0)).save(file := io.BytesIO(), "PNG")
+            files[f"{key}.png"] = file.getvalue()[:100 if row in BROKEN else None]     # cut off
+            files[f"{key}.txt"] = caption.encode()
+        conftest.write_tar(f"{folder}/pairs.tar", files)
         for command, launcher in (("01_proxy.py --smoke", ()), ("02_meta_rater.py --smoke", ()), (
                 f"03_score.py --data {folder}/pairs.tar", conftest.TORCHRUN)):
             conftest.run(f"{command} --out {folder}/out", launcher).check_returncode()

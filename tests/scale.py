@@ -13,7 +13,6 @@ import re
 import resource
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -22,9 +21,9 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from common import add_member, head, s1, s2, s3, s4, s5, show
+import conftest
+from common import head, s1, s2, s3, s4, s5, show
 
-ROOT = Path(__file__).resolve().parent.parent
 TARS, SIDE, DISTINCT = 8, 256, 100
 WORK = {s2: (s1.Progress, "steps"), s3: (s1.Progress, "steps"), s4: (s4, "select"),
         s5: (s2, "train_contrast")}                        # stage: what its work begins with
@@ -32,17 +31,17 @@ WORK = {s2: (s1.Progress, "steps"), s3: (s1.Progress, "steps"), s4: (s4, "select
 
 def pack(folder, count):
     """`count` pairs of a JPEG and a caption in tars; of 100 pictures, which are returned."""
-    files, rng = [io.BytesIO() for _ in range(DISTINCT)], np.random.default_rng(0)
-    for file in files:                                     # smooth, with the grain of a photograph
+    files, rng = [], np.random.default_rng(0)
+    for _ in range(DISTINCT):                              # smooth, with the grain of a photograph
         image = Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).resize((SIDE, SIDE))
-        pixels = (image + rng.normal(0, 8, (SIDE, SIDE, 3))).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(file, "JPEG")
+        pixels, file = image + rng.normal(0, 8, (SIDE, SIDE, 3)), io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG")
+        files.append(file.getvalue())
     for number, rows in enumerate(np.array_split(np.arange(count), TARS)):
-        with tarfile.open(folder / f"{number}.tar", "w") as tar:
-            for row in rows:
-                add_member(tar, f"{row:09d}.jpg", files[row % DISTINCT].getvalue())
-                add_member(tar, f"{row:09d}.txt", b"a coloured pattern, number %d" % row)
-    return [file.getvalue() for file in files]
+        conftest.write_tar(folder / f"{number}.tar", {
+            f"{row:09d}{kind}": data for row in rows for kind, data in (
+                (".jpg", files[row % DISTINCT]), (".txt", b"pattern %d" % row))})
+    return files
 
 
 def cpu_seconds(function):
@@ -93,7 +92,7 @@ def start(out):
     for stage, (owner, work) in WORK.items():
         code = f"import importlib; importlib.import_module('{stage.__name__}')"
         imports = cpu_seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True,
-                                                     cwd=ROOT))
+                                                     cwd=conftest.ROOT))
         began = time.perf_counter()
         with (mock.patch.object(owner, work, side_effect=Begun), contextlib.suppress(Begun),
               contextlib.redirect_stdout(sys.stderr)):
@@ -106,7 +105,7 @@ def watch(command, limit=3600):
     """Runs a stage for `limit` seconds at most: its seconds, and the most gigabytes that its first
     process held, of its own and mapped."""
     stage, *flags = command.split()
-    process = subprocess.Popen([sys.executable, str(ROOT / stage), *flags], stdout=sys.stderr)
+    process = subprocess.Popen([sys.executable, conftest.ROOT / stage, *flags], stdout=sys.stderr)
     began, most = time.monotonic(), [0, 0]
     while process.poll() is None and time.monotonic() - began < limit:
         status = Path(f"/proc/{process.pid}/status").read_text()

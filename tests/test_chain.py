@@ -116,8 +116,8 @@ def test_a_terminal_and_file_names_of_plain_letters(stage, chain, tmp_path, monk
                         ("PYTHONIOENCODING", "ascii"), ("PYTHONSAFEPATH", "1")):
         monkeypatch.setenv(name, value)
     out = copy(chain, tmp_path / "выход", "*.pt", "*.json")
-    for command in (f"03_score.py --data {tmp_path}/фото", "02_meta_rater.py --smoke", "03_score.py",
-                    "04_select.py", "05_train_eval.py --smoke --seeds 1"):
+    for command in (f"03_score.py --data {tmp_path}/фото", "02_meta_rater.py --smoke",
+                    "03_score.py", "04_select.py", "05_train_eval.py --smoke --seeds 1"):
         done = run(f"{command} --out {out}")
         assert done.returncode == 0 and not done.stderr, done.stderr
     shutil.rmtree(out / "pairs")
