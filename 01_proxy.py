@@ -760,7 +760,7 @@ def group_files(files, skipped):
 
 def read_table(table, files, skipped):
     """(key, {suffix: function that reads it}) of the rows of a table, whose pictures are among
-    `files`: under the path that it gives, or else anywhere under that name."""
+    `files`: under the path that it gives; a bare name that is the only one, anywhere."""
     named, k = collections.Counter(map(os.path.basename, files)), 0
     by_name = {name: file for file in files if named[name := os.path.basename(file)] == 1}
     by_name |= dict(zip(files, files))
