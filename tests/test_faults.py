@@ -32,7 +32,7 @@ def play(number, flags, said, changes, strike, env, limit, threads):
     """In a child: one stage, which prints into the file `said`. changes: {(stage, name): value};
     strike: (stage or module, function, at which call, signal, whether to the whole group)."""
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)                  # a shell's job has none
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell has none
     multiprocessing.set_start_method("fork", force=True)   # as in a process that a user starts
     for descriptor in (1, 2):
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
