@@ -16,6 +16,8 @@ GPUS = {k: v for k, v in os.environ.items() if k == "CUDA_VISIBLE_DEVICES"}
 if not GPU_ALONE:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""                # before torch is imported
 
+os.environ["OMP_NUM_THREADS"] = "1"                        # one core: sums do not depend on threads
+
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
