@@ -51,6 +51,7 @@ import threading
 import time
 import unicodedata
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,7 +62,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.utils.data import DataLoader
 from torchvision import datasets
 
 VOCABULARY = 2048          # rows of the word table, a word's row is its CRC-32: any language
@@ -70,7 +70,6 @@ T_SHIFT = 1.2              # added: t = sigmoid(normal + 1.2) where captions mat
 CAPTION_DROPOUT = 0.1      # share of captions blanked in training, for classifier-free guidance
 TOY_PAIRS = {"train": 4000, "val": 1000, "test": 1000}
 SMOKE_PAIRS = {"train": 256, "val": 64, "test": 64}
-HELD_OUT = 20000           # trusted pairs at most, half for validation and half for the test
 DATASETS = ("FashionMNIST", "MNIST", "CIFAR10", "CIFAR100")        # of torchvision
 DATASET_TRUSTED = 1000     # validation pairs, of their training split; twice as many test pairs
 
@@ -231,22 +230,6 @@ def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None):
     return net
 
 
-@torch.no_grad()
-def read_captions(ref, pairs, seed, draws=8):
-    """Added: the share of pairs whose own caption has a lower loss than another pair's; 0.5 is
-    chance.
-
-    On up to 512 pairs that theta_hat was not trained on, both captions under the same noise.
-    """
-    x, c = pairs.batch(np.arange(min(512, len(pairs))))
-    rng, gain = seeded(x.device, seed, "captions"), torch.zeros(len(x), device=x.device)
-    for _ in range(draws):
-        t, eps = draw_noise(x, rng, T_SHIFT)
-        gain += flow_loss(ref, x, c.roll(1, 0), t, eps) - flow_loss(ref, x, c, t, eps)
-    differ = (c != c.roll(1, 0)).any(1)
-    return (gain[differ] > 0).float().mean().item()
-
-
 # ---- pairs with known dirt: drawn, or planted in real ones ------------------------------------
 # Strata serve the analysis only: nothing rates by them (a test shuffles them), and selections know
 # what was planted, to leave it out.
@@ -256,7 +239,7 @@ def read_captions(ref, pairs, seed, draws=8):
 #   chaotic-caption  10 %   a clean picture under another picture's caption: no statistic of the
 #                           image can find these
 STRATA = {"informative": 0.45, "plain": 0.30, "chaotic-noise": 0.15, "chaotic-caption": 0.10}
-PLANTED = {"plain": "planted-plain", "noise": "planted-noise", "captions": "planted-caption"}
+PLANTED = ("planted-plain", "planted-noise", "planted-caption")
 STRATUM_COLOURS = {        # collages: a stratum of photographs, not of the toy
                    "informative": "#0072B2", "plain": "#E69F00", "planted-plain": "#E69F00",
                    "chaotic-noise": "#555555", "planted-noise": "#555555",
@@ -339,14 +322,16 @@ def parse_args(argv=None):
         data=("toy", f"toy, {', '.join(DATASETS)}, tar shards (* works), or a folder"),
         val=("", "pairs you trust, as files like those of --data"),
         pairs=(0, "take so many training pairs; 0 takes all"),
-        plant=("", "dirt to plant, such as captions=0.1,noise=0.05,plain=0.05"),
+        plant=([0.0], "dirt to plant: shares of plain, of noise, of wrong captions; or one"),
         root=(str(Path(torch.hub.get_dir()) / "datasets"), "folder of the data sets"),
         size=(16, "pixels a side"), words=(8, "words kept of a caption"),
         patch=(4, "pixels a side of a patch"), width=(64, "of the proxy"),
         batch_size=(64, "pairs, all processes"), steps=(400, "of warm-up"),
         lr=(2e-3, "of the warm-up"), seed=(0, "of every random draw, in all stages"),
         fp32=(False, "no bf16 or TF32 on a GPU, in all stages"))
-    read_plant(args.plant)
+    args.plant, asked = (3 * args.plant)[:3], args.plant   # of PLANTED
+    if len(asked) not in (1, 3) or not all(share >= 0 for share in asked) or sum(args.plant) > 0.99:
+        raise SystemExit("--plant takes three shares, together 0.99 at most, or one for all three")
     if args.val and args.data in ("own", "toy", *DATASETS):
         raise SystemExit(f"--val goes with files: --data {args.data} has trusted pairs of its own")
     for name in ("data", "val", "root"):                   # the same folder, wherever a stage runs
@@ -374,8 +359,6 @@ def main(args, device):
     write_csv(out / "proxy.csv", ["step", "loss", "grad_norm"],
               [(k, *row) for k, row in enumerate(progress.log, 1)])
     progress.finish()
-    print0(say("captions are {}read", read_captions(ref, val, args.seed), 0.5, 0.75,
-               "more --steps, a smaller --size, fewer --words or more pairs would help"))
     print0(f"wrote {out}/proxy.pt, .json, .csv: {sum(p.numel() for p in ref.parameters()):,}"
            f" parameters, {args.steps} steps in {progress.seconds:.0f} s")
 
@@ -470,7 +453,7 @@ def prepare(folder, args):
             print0(f"{folder}: {3 * args.size ** 2 + 2 * args.words + 150} bytes of disk a pair, "
                    f"{shutil.disk_usage(part).free / 1e9:.1f} GB are free")
             split_rows(part, read_tasks(part, tasks, args, skipped), args)
-            if made["plant"]:
+            if any(made["plant"] or ()):
                 plant_pairs(part, args)
             made["digest"] = digest(part / "entries.npy") + digest(part / "texts.jsonl")
             write_json(part / "made.json", made)
@@ -492,9 +475,10 @@ def list_tasks(args, skipped):
         return [(split, draw_toy, (min(TOY_TASK, n - first), args.size, args.seed, split, first))
                 for split, n in counts.items() for first in range(0, n, TOY_TASK)], ""
     if args.data in DATASETS:
-        return [(split, read_dataset, (data, rows[first:first + TASK], args.size))
-                for split, data, rows in split_dataset(args)
-                for first in range(0, len(rows), TASK)], ""
+        return [(split, read_dataset, (name, part, data.data[part], [
+            data.classes[int(data.targets[row])] for row in part], args.size))
+                for split, name, data, rows in split_dataset(args)
+                for part in np.array_split(rows, len(rows) // TASK + 1)], ""
     tasks, stamps = [], []
     for label in ("data", "val"):
         path = vars(args).get(label)
@@ -507,13 +491,7 @@ def list_tasks(args, skipped):
 def read_tasks(folder, tasks, args, skipped):
     """Write the arrays of all tasks into `folder`, read by all cores. Returns the labels (M,)."""
     counts, began, told = [], time.monotonic(), time.monotonic()
-    loader = functools.partial(DataLoader, tasks, batch_size=None, worker_init_fn=begin_worker,
-                               collate_fn=functools.partial(read_task, args=args))
-    try:
-        multiprocessing.Lock()
-        parts = iter(loader(num_workers=min(torch.get_num_threads(), len(tasks))))
-    except (OSError, ImportError):                         # a machine without semaphores
-        parts = iter(loader())
+    parts = side_by_side(functools.partial(read_task, args=args), tasks, "fork")
     with contextlib.ExitStack() as stack:
         texts, *files = (stack.enter_context(open(folder / name, "wb")) for name in (
             "texts.jsonl", "images.npy", "tokens.npy", "entries.npy"))
@@ -601,9 +579,7 @@ def split_rows(folder, labels, args):
 
 def deal(rows, keys, share, seed):
     """Two halves of a share of the rows, and the rest. A pair's place follows from its key, so that
-    another pair moves none; the share is halved while it holds more than HELD_OUT."""
-    while share * len(rows) > HELD_OUT:
-        share /= 2
+    another pair moves none."""
     lots = keys[rows] ^ np.uint64(hash64(f"split {seed}".encode()))
     lots = lots * np.uint64(0x9E3779B97F4A7C15) / 2 ** 64                     # mixed, in [0, 1]
     places = np.digitize(lots, (share / 2, share))
@@ -612,9 +588,8 @@ def deal(rows, keys, share, seed):
 
 def plant_pairs(folder, args):
     """Turn shares of the training pairs in `folder` into dirt, as --plant says, and mark them."""
-    planted, rows = read_plant(args.plant), np.load(folder / "train.npy")
-    rng = np.random.default_rng([args.seed, zlib.crc32(b"plant")])
-    kind = draw_kinds(len(rows), [planted.get(name, 0) for name in PLANTED], rng)
+    rows, rng = np.load(folder / "train.npy"), np.random.default_rng([args.seed, 0])
+    kind = draw_kinds(len(rows), args.plant, rng)
     images, tokens, entries = (np.load(folder / f"{name}.npy", mmap_mode="r+")
                                for name in ("images", "tokens", "entries"))
     plant_pictures(images, rows, kind, rng)
@@ -624,20 +599,21 @@ def plant_pairs(folder, args):
         same = (tokens[wrong] == tokens[other]).all(1)
         other[same] = rng.choice(rows, same.sum())
     if same.any():
-        raise SystemExit("--plant captions: nearly all pairs have one caption, so leave it out")
+        raise SystemExit("--plant: nearly all pairs have one caption, so no caption can be wrong")
     tokens[wrong], entries["caption"][wrong] = tokens[other], entries["caption"][other]
     with open(folder / "texts.jsonl", "ab") as file:
         entries["caption"][plain] = file.tell()
         tokens[plain] = tokenize([PLAIN_CAPTION], args.words)
         file.write(json.dumps(PLAIN_CAPTION).encode() + b"\n")
-    for k, (name, stratum) in enumerate(PLANTED.items(), 1):
+    for k, stratum in enumerate(PLANTED, 1):
         entries["stratum"][rows[kind == k]] = stratum.encode()
-        print0(f"planted {(kind == k).sum()} of {name}")
+    print0("planted " + ", ".join(f"{(kind == k).sum()} {name.removeprefix('planted-')}"
+                                  for k, name in enumerate(PLANTED, 1)))
 
 
 def split_dataset(args):
-    """[(split, data set, rows)] of one of DATASETS, which torchvision downloads to --root: no
-    validation pair is a training pair, and the test has the test split's."""
+    """[(split, its name in keys, data set, rows)] of one of DATASETS, which torchvision downloads
+    to --root: no validation pair is a training pair, and the test has the test split's."""
     kind, rng = getattr(datasets, args.data), np.random.default_rng(args.seed)
     try:
         data, test = (kind(args.root, train, download=True) for train in (True, False))
@@ -653,16 +629,15 @@ def split_dataset(args):
     order, test_order = (rng.permutation(len(split)) for split in (data, test))
     trusted = min(DATASET_TRUSTED, len(data) // 5)
     train = np.sort(order[trusted:][:args.pairs or None])
-    return [("train", data, train), ("val", data, order[:trusted]),
-            ("test", test, test_order[:2 * DATASET_TRUSTED])]
+    return [("train", "train", data, train), ("val", "train", data, order[:trusted]),
+            ("test", "test", test, test_order[:2 * DATASET_TRUSTED])]
 
 
-def read_dataset(data, rows, size):
+def read_dataset(name, rows, pictures, classes, size):
     """Pairs (key, image, caption, stratum) of a data set under captions 'a photo of a CLASS'."""
-    for row in rows:
-        image = Image.fromarray(np.asarray(data.data[row])).convert("RGB")
-        yield (f"{'train' if data.train else 'test'}{row:05d}", shrink(image, size),
-               name_class(data.classes[int(data.targets[row])]), "informative")
+    for row, picture, word in zip(rows, pictures, classes):
+        image = Image.fromarray(np.asarray(picture)).convert("RGB")
+        yield f"{name}{row:05d}", shrink(image, size), name_class(word), "informative"
 
 
 def name_class(name):
@@ -984,7 +959,19 @@ def launch(main, args):
         dist.destroy_process_group()
 
 
-def begin_worker(_=0):
+def side_by_side(run, work, how, cores=None):
+    """run(...) of all `work`, in order, by a process for each core. how: fork or spawn."""
+    processes = min(cores or torch.get_num_threads(), len(work))
+    try:
+        if processes > 1:
+            return ProcessPoolExecutor(processes, multiprocessing.get_context(how),
+                                       begin_worker).map(run, work)
+    except (OSError, ImportError, NotImplementedError):    # a machine without semaphores
+        pass
+    return map(run, work)
+
+
+def begin_worker():
     """In a worker: Ctrl-C is for the first process, and a worker ends with it, however it ends."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1156,12 +1143,6 @@ def write_csv(path, columns, rows):
             csv.writer(file).writerows([columns, *rows])
 
 
-def say(text, value, chance, good, cure):
-    """The verdict on a measured number, in words: {} in `text` stays empty or becomes a no."""
-    doubt = "" if value >= good else "hardly " if value >= (chance + good) / 2 else "not "
-    return f"{text.format(doubt)}: {value:.2f} ({chance:g} is chance)" + (doubt and f"; {cure}")
-
-
 def parse(argv, description, smoke=None, **defaults):
     """Options of {name: (default, help)}, and --out. `smoke` are the defaults of a tiny run. A
     number is not negative, and a whole one is 0 only where that is its default."""
@@ -1172,7 +1153,8 @@ def parse(argv, description, smoke=None, **defaults):
         how = {"action": "store_true"} if default is False else {"type": type(default)}
         if isinstance(default, tuple):                     # of choices the first
             default, how = default[0], {"choices": [choice for choice in default if choice]}
-        how = {"nargs": "+"} if default == [] else how
+        if isinstance(default, list):
+            how = {"nargs": "+", "type": type(default[0]) if default else str}
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, **how,
                             help=text + f" ({default})" * bool(default))
     if smoke and parser.parse_known_args(argv)[0].smoke:
@@ -1186,20 +1168,6 @@ def parse(argv, description, smoke=None, **defaults):
         if type(value) in (int, float) and not least <= value < 1e15:
             parser.error(f"--{name.replace('_', '-')} {value}: a number from {least} up is needed")
     return args
-
-
-def read_plant(text):
-    """'captions=0.1,noise=0.05' -> {kind of PLANTED: share}."""
-    try:
-        shares = [part.split("=") for part in text.split(",") if part]
-        planted = {name: float(share) for name, share in shares}
-    except ValueError:
-        planted = {text: 1}
-    if not (set(planted) <= set(PLANTED) and all(share > 0 for share in planted.values())
-            and sum(planted.values()) <= 0.99):
-        raise SystemExit(f"--plant {text}: name kinds of {', '.join(PLANTED)} and shares of 0.99 "
-                         "at most together, as in --plant captions=0.1,noise=0.05")
-    return planted
 
 
 if __name__ == "__main__":

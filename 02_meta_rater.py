@@ -50,8 +50,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms import functional as image_ops
 
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
@@ -59,6 +57,72 @@ s1 = importlib.import_module("01_proxy")
 
 CONTRAST_STEPS = 500       # of the contrastive network's training
 GROUP = 32                 # pairs under one softmax; W_batch ranks the groups of a batch
+
+
+# ---- what the rater is given: does the caption fit the picture? ------------------------------
+class Contrast(nn.Module):
+    """Image -> features (B, 64) -> unit vector (B, 32); caption -> unit vector; cosine compares.
+
+    CLIP in small: stage 3 ranks by it; stage 5's judge is another one, trained on other pairs.
+    """
+
+    def __init__(self, size, words):
+        super().__init__()
+        self.words = words
+        widths = [3] + [32 * 2 ** k for k in range(int(math.log2(size // 4)) + 1)]
+        convolutions = [layer for a, b in zip(widths[:-1], widths[1:]) for layer in
+                        (nn.Conv2d(a, b, 3, stride=1 if a == 3 else 2, padding=1), nn.GELU())]
+        self.image = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                                   nn.Linear(16 * widths[-1], 64))
+        self.image_head = nn.Sequential(nn.GELU(), nn.Linear(64, 32))
+        self.word = nn.Embedding(s1.VOCABULARY, 64, padding_idx=0)
+        self.text = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32))
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def embed_images(self, x):
+        """Features (B, 64) and unit vectors (B, 32) of images (B, 3, H, W)."""
+        f = self.image(x)
+        return f, F.normalize(self.image_head(f), dim=1)
+
+    def embed_tokens(self, c):
+        """Unit vectors (B, 32) of captions as tokens (B, T)."""
+        return F.normalize(self.text(self.word(c).sum(1)), dim=1)
+
+    def compare(self, x, c):
+        """Cosine (B,) of pictures and their captions."""
+        return (self.embed_images(x)[1] * self.embed_tokens(c)).sum(1)
+
+    def embed_captions(self, captions):
+        """Unit vectors (B, 32) of a list of captions."""
+        return self.embed_tokens(s1.to_device(s1.tokenize(captions, self.words),
+                                              self.scale.device).long())
+
+
+def degrade(x, rng):
+    """A third of the images as they are, a third noised, a third blurred."""
+    kind = torch.randint(3, (len(x), 1, 1, 1), generator=rng, device=x.device)
+    amount = 0.6 * torch.rand(kind.shape, generator=rng, device=x.device)
+    noised = x + amount * torch.randn(x.shape, generator=rng, device=x.device)
+    blurred = image_ops.gaussian_blur(x, 5, 1.0)
+    return torch.where(kind == 0, x, torch.where(kind == 1, noised, blurred))
+
+
+def train_contrast(pairs, steps, seed, batch_size=128):
+    """Contrastive training; pairs of the batch that share a caption are all right answers."""
+    device, batch_size = pairs.device, min(batch_size, len(pairs))
+    torch.manual_seed(seed)
+    net = Contrast(pairs.images.shape[-1], pairs.tokens.shape[1]).to(device)
+    opt = s1.adamw(net, 2e-3)
+    for k, rows in enumerate(s1.draw_batches(len(pairs), batch_size, seed, 0, steps)):
+        opt.param_groups[0]["lr"] = 2e-3 * (1 - k / steps)
+        rng = s1.seeded(device, seed, "contrast", k)
+        x, c = pairs.batch(rows)
+        same = (c[:, None] == c[None]).all(2).float()                         # (B, B)
+        cosines = net.embed_images(degrade(x, rng))[1] @ net.embed_tokens(c).T  # (B, B)
+        logits, right = net.scale.exp() * cosines, same / same.sum(1, keepdim=True)
+        loss = F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)
+        s1.descend(loss, net, opt)
+    return net.eval().requires_grad_(False)
 
 
 # ---- the rater -------------------------------------------------------------------------------
@@ -77,12 +141,16 @@ class Rater(nn.Module):
         layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, activation="gelu",
                                            batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-        self.instance = nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, 1))
-        self.group = nn.Sequential(nn.Linear(2 * width, 64), nn.GELU(), nn.Linear(64, 1))
+        self.instance = nn.Sequential(nn.Linear(width + 1, 64), nn.GELU(), nn.Linear(64, 1))
+        self.group = nn.Sequential(nn.Linear(2 * width + 2, 64), nn.GELU(), nn.Linear(64, 1))
+        self.contrast = Contrast(size, words).requires_grad_(False)
+        self.norm = nn.LayerNorm(width + 1)
 
     def features(self, x, c):                              # (B, 3, H, W), (B, T)
         patches = self.to_patch(x).flatten(2).transpose(1, 2)                 # (B, P, D)
-        return self.encoder(torch.cat([self.word(c), patches], 1) + self.position).mean(1)  # (B, D)
+        h = self.encoder(torch.cat([self.word(c), patches], 1) + self.position).mean(1)    # (B, D)
+        cosine = 5 * self.contrast.compare(x, c)[:, None]                     # (B, 1)  added
+        return self.norm(torch.cat([h, cosine], 1))                           # (B, D + 1)
 
     def logits(self, f):
         """Instance rating of features (..., D) -> (...): eq. 7's W_i before its softmax."""
@@ -172,28 +240,6 @@ def meta_step(nets, opts, train, val, rng, args, rest=False):
         W_inst.clamp_min(1e-12).log().std(1).mean(), norm_mu + norm + norm_hat)]
 
 
-def exact_meta_gradient(proxy, train, val, W, beta, steps):
-    """dL_val / dW_i (B,) through `steps` unrolled gradient steps of eq. 3: what eq. 6 approximates.
-
-    No stage calls it: the tests and tests/meta_gradient.py hold eq. 6 against it. train and val are
-    (x, c, t, eps). Keeps one graph per step in memory, and needs second derivatives, which fused
-    attention does not have on the CPU.
-    """
-    W = W.detach().requires_grad_()                                           # (B,)
-    params = {name: p.detach().requires_grad_() for name, p in proxy.named_parameters()
-              if p.requires_grad}
-    with sdpa_kernel(SDPBackend.MATH):
-        for _ in range(steps):
-            def net(*inputs, params=params):
-                return functional_call(proxy, params, inputs)
-            loss = (W * s1.flow_loss(net, *train)).sum()                      # eq. 3
-            grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-            params = {name: p - beta * g for (name, p), g in zip(params.items(), grads)}
-        L_val = s1.flow_loss(                                                 # eq. 2
-            lambda *inputs: functional_call(proxy, params, inputs), *val).mean()
-        return torch.autograd.grad(L_val, W)[0]
-
-
 # ---- the loop --------------------------------------------------------------------------------
 COLUMNS = ["val", "ref", "gap_mean", "gap_std", "ess", "W_batch", "logit_std",
            "grad_norm"]    # what `meta_step` returns
@@ -222,81 +268,13 @@ def warn_of_collapse(*means):
     return f"   COLLAPSE: {found}" if found else ""
 
 
-# ---- a rival without meta-gradient: a contrastive network on the same validation pairs ---------
-class Contrast(nn.Module):
-    """Image -> features (B, 64) -> unit vector (B, 32); caption -> unit vector; cosine compares.
-
-    CLIP in small: stage 3 ranks by it; stage 5's judge is another one, trained on other pairs.
-    """
-
-    def __init__(self, size, words):
-        super().__init__()
-        self.words = words
-        widths = [3] + [32 * 2 ** k for k in range(int(math.log2(size // 4)) + 1)]
-        convolutions = [layer for a, b in zip(widths[:-1], widths[1:]) for layer in
-                        (nn.Conv2d(a, b, 3, stride=1 if a == 3 else 2, padding=1), nn.GELU())]
-        self.image = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-                                   nn.Linear(16 * widths[-1], 64))
-        self.image_head = nn.Sequential(nn.GELU(), nn.Linear(64, 32))
-        self.word = nn.Embedding(s1.VOCABULARY, 64, padding_idx=0)
-        self.text = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32))
-        self.scale = nn.Parameter(torch.tensor(2.0))
-
-    def embed_images(self, x):
-        """Features (B, 64) and unit vectors (B, 32) of images (B, 3, H, W)."""
-        f = self.image(x)
-        return f, F.normalize(self.image_head(f), dim=1)
-
-    def embed_tokens(self, c):
-        """Unit vectors (B, 32) of captions as tokens (B, T)."""
-        return F.normalize(self.text(self.word(c).sum(1)), dim=1)
-
-    def compare(self, x, c):
-        """Cosine (B,) of pictures and their captions."""
-        return (self.embed_images(x)[1] * self.embed_tokens(c)).sum(1)
-
-    def embed_captions(self, captions):
-        """Unit vectors (B, 32) of a list of captions."""
-        return self.embed_tokens(s1.to_device(s1.tokenize(captions, self.words),
-                                              self.scale.device).long())
-
-
-def degrade(x, rng):
-    """A third of the images as they are, a third noised, a third blurred."""
-    kind = torch.randint(3, (len(x), 1, 1, 1), generator=rng, device=x.device)
-    amount = 0.6 * torch.rand(kind.shape, generator=rng, device=x.device)
-    noised = x + amount * torch.randn(x.shape, generator=rng, device=x.device)
-    blurred = image_ops.gaussian_blur(x, 5, 1.0)
-    return torch.where(kind == 0, x, torch.where(kind == 1, noised, blurred))
-
-
-def train_contrast(pairs, steps, seed, batch_size=128):
-    """Contrastive training; pairs of the batch that share a caption are all right answers."""
-    device, batch_size = pairs.device, min(batch_size, len(pairs))
-    torch.manual_seed(seed)
-    net = Contrast(pairs.images.shape[-1], pairs.tokens.shape[1]).to(device)
-    opt = s1.adamw(net, 2e-3)
-    for k, rows in enumerate(s1.draw_batches(len(pairs), batch_size, seed, 0, steps)):
-        opt.param_groups[0]["lr"] = 2e-3 * (1 - k / steps)
-        rng = s1.seeded(device, seed, "contrast", k)
-        x, c = pairs.batch(rows)
-        same = (c[:, None] == c[None]).all(2).float()                         # (B, B)
-        cosines = net.embed_images(degrade(x, rng))[1] @ net.embed_tokens(c).T  # (B, B)
-        logits, right = net.scale.exp() * cosines, same / same.sum(1, keepdim=True)
-        loss = F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
-    return net.eval().requires_grad_(False)
-
-
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
     return s1.parse(
         argv, __doc__, dict(steps=12, batch_size=16),
         signal=(("difference", "loss"), "eq. 6, or eq. 9 as in the released code"),
         batch_size=(64, "training pairs, and as many validation pairs, all processes"),
-        steps=(400, "meta steps"), lr=(1e-3, "of theta, theta_hat and mu"),
+        steps=(200, "meta steps"), lr=(1e-3, "of theta, theta_hat and mu"),
         tau=(1.0, "weight of the entropy term (added)"))
 
 
@@ -325,6 +303,11 @@ def main(args, device):
     name, command = name_rater(args.signal)
     progress = s1.Progress(out / f"{name}.progress", {
         **vars(args), "proxy.pt": s1.digest(out / "proxy.pt")}, COLUMNS, warn_of_collapse)
+    if not progress.step:
+        steps = 20 if settings.smoke else CONTRAST_STEPS
+        s1.print0(f"training the contrastive network, {steps} steps")
+        contrast = train_contrast(val, steps, settings.seed + 1)              # not 05's judge
+        nets["rater"].contrast.load_state_dict(contrast.state_dict())
     learn(nets, pairs, val, args, settings.seed, progress)
     s1.save(out / f"{name}.pt", command, [out / "proxy.pt"], args,
             {name: net.state_dict() for name, net in nets.items()})

@@ -53,9 +53,10 @@ CHUNK = 512                # corpus rows that share a stream of random numbers, 
 GROUPS = 16                # random groups that every pair is tried in
 DRAWS = 8                  # of t and eps behind three of the baselines
 BANDS = 10                 # percentile bands in the figures
+GOOD = 0.8                 # AUC over every kind of known dirt
 SHOWN = 1_000_000          # ratings at most that the report and the figures look at
-NUMBERS = ["instance", "group", "rating"]
-BASELINES = ["ref_loss", "difference", "gain", "contrast"]
+NUMBERS = ["instance", "group", "rating", "contrast"]
+BASELINES = ["ref_loss", "difference", "gain"]
 LOW_IS_GOOD = ("ref_loss", "difference")
 
 
@@ -86,14 +87,14 @@ def baselines(proxy, ref, x, c, rng):
 
 @torch.no_grad()
 def score_chunk(nets, x, c, companions, rng):
-    """The NUMBERS (B, 3), with BASELINES (B, 7) where `nets` has a contrastive network."""
+    """The NUMBERS (B, 4), with BASELINES (B, 7) where `nets` has the proxies."""
     f = nets["rater"].features(x, c)                                          # (B, D)
     instance = nets["rater"].logits(f)                                        # (B,)
     group = mean_group_weight(nets["rater"], f, companions)                   # (B,)
-    columns = [instance, group, instance + group.log()]    # log W_i, but for eq. 7's normaliser
-    if "contrast" in nets:
-        columns += [*baselines(nets["proxy"], nets["ref"], x, c, rng),
-                    nets["contrast"].compare(x, c)]
+    columns = [instance, group, instance + group.log(),    # log W_i, but for eq. 7's normaliser
+               nets["rater"].contrast.compare(x, c)]
+    if "proxy" in nets:
+        columns += baselines(nets["proxy"], nets["ref"], x, c, rng)
     return torch.stack(columns, 1)
 
 
@@ -110,7 +111,7 @@ def draw_companions(rater, group_size, pairs, seed):
 
 def score(nets, companions, pairs, path, seed, progress):
     """Write PATH.npy in row order; processes share the chunks. `progress` continues a run."""
-    names = NUMBERS + BASELINES * ("contrast" in nets)
+    names = NUMBERS + BASELINES * ("proxy" in nets)
     dtype = np.dtype([(name, "f4") for name in names] + [("stratum", "S15")])
     part, columns = Path(f"{path}.npy.part"), len(names)
     if progress.step and not part.exists():
@@ -176,32 +177,39 @@ def areas(strata, column):
             if name in strata and len(good)}
 
 
-def report(strata, column, name):
-    """One line: how far a column ranks the other pairs above every kind of dirt (AUC)."""
-    words = [f"{kind} {area:.2f}" for kind, area in areas(strata, column).items()]
-    if words:
-        s1.print0(f"AUC by {name}: {', '.join(words)} (0.5 is chance, 0.8 is good)")
+def report(strata, columns, rankings):
+    """Added: an AUC for each ranking and kind of known dirt, and whether the rating finds it."""
+    found = {name: areas(strata, rank_by(columns, name)) for name in rankings}
+    for name, kinds in found.items():
+        s1.print0(f"AUC by {name}: " + ", ".join(f"{kind} {area:.2f}"
+                                                 for kind, area in kinds.items()))
+    if not found["rating"]:
+        s1.print0("whether this rating finds dirt is not known: 01_proxy.py --plant 0.05 tells")
+        return
+    worst = {name: min(kinds.values()) for name, kinds in found.items()}
+    best, verdict = max(worst, key=worst.get), (
+        "finds" if worst["rating"] >= GOOD else "hardly finds" if worst["rating"] >= 0.65 else
+        "does not find")
+    s1.print0(f"the rating {verdict} every kind of known dirt: {worst['rating']:.2f} at worst (0.5 "
+              f"is chance, {GOOD} is good)" + (
+                  f"; more --steps of 01 or 02 or better trusted pairs may help, and the best of "
+                  f"these is {best}, {worst[best]:.2f}" if verdict != "finds" else ""))
 
 
 # ---- figures ---------------------------------------------------------------------------------
-def draw_histogram(path, rating, percentile, strata, trusted):
-    """Ratings by stratum, with those of trusted pairs as a line, and what stands where."""
+def draw_histogram(path, rating, strata):
+    """Ratings by stratum."""
     names = [name for name in s1.STRATUM_COLOURS if name in set(strata)]
     rest = ~np.isin(strata, names)
     groups = [(name, strata == name) for name in names] + [
         ("other pairs" if names else "all pairs", rest)] * bool(rest.any())
-    colours = [s1.STRATUM_COLOURS.get(name, "black") for name, _ in groups]
-    hatches = ["//" if name.startswith("chaotic") else "" for name, _ in groups]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
-    for axis, values, bins, label in (
-            (left, rating, 60, "rating"),
-            (right, percentile, BANDS, "percentile (0 = highest rating)")):
-        axis.hist([values[chosen] for _, chosen in groups], bins=bins, stacked=True, color=colours,
-                  label=[name for name, _ in groups], hatch=hatches, edgecolor="white", linewidth=0)
-        axis.set(xlabel=label, ylabel="pairs")
-    left.hist(trusted, bins=60, range=left.get_xlim(), histtype="step", color="black",
-              weights=np.full(len(trusted), len(rating) / len(trusted)), label="trusted, scaled")
-    legend_above(left)
+    figure, axis = plt.subplots(figsize=(6, 3))
+    axis.hist([rating[chosen] for _, chosen in groups], bins=60, stacked=True,
+              color=[s1.STRATUM_COLOURS.get(name, "black") for name, _ in groups],
+              label=[name for name, _ in groups], edgecolor="white", linewidth=0,
+              hatch=["//" if name.startswith("chaotic") else "" for name, _ in groups])
+    axis.set(xlabel="rating", ylabel="pairs")
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=4, frameon=False)
     save_figure(figure, path)
 
 
@@ -227,11 +235,11 @@ def parse_args(argv=None):
         baselines=(False, "rankings without a rater, too"))
 
 
-def load_nets(out, signal, settings, device):
-    """{proxy, ref, rater} as stage 2 left them, and its group size."""
+def load_nets(out, signal, with_proxies, settings, device):
+    """{rater}, or {rater, proxy, ref}, as stage 2 left them, and its group size."""
     name, command = s2.name_rater(signal)
     args, weights = s1.load(out / f"{name}.pt", command)
-    nets = {name: s1.build_proxy(settings, device) for name in ("proxy", "ref")}
+    nets = {name: s1.build_proxy(settings, device) for name in ("proxy", "ref") if with_proxies}
     nets["rater"] = s2.Rater(settings.size, settings.patch, settings.words).to(device)
     for name, net in nets.items():
         net.load_state_dict(weights[name])
@@ -253,13 +261,9 @@ def prepare_other(data, out, settings):
 def main(args, device):
     out = Path(args.out)
     settings, _ = s1.load(out / "proxy.pt", "01_proxy.py")
-    nets, group_size = load_nets(out, args.signal, settings, device)
+    nets, group_size = load_nets(out, args.signal, args.baselines, settings, device)
     folder = prepare_other(args.data, out, settings) if args.data else out / "pairs"
     pairs = s1.open_pairs(folder, "train", device)
-    val, test = (s1.open_pairs(out / "pairs", split, device) for split in ("val", "test"))
-    if args.baselines:                                     # stage 5's judge has other pairs
-        steps = 20 if settings.smoke else s2.CONTRAST_STEPS
-        nets["contrast"] = s2.train_contrast(val, steps, settings.seed + 1)
     name, _ = s2.name_rater(args.signal)
     stem = out / f"{name.replace('rater', 'ratings')}{folder.name.removeprefix('pairs')}"
     sources = [out / f"{name}.pt", folder / "made.json"]
@@ -277,17 +281,8 @@ def main(args, device):
               csv=s1.digest(f"{stem}.csv"))
     shown = np.arange(0, len(pairs), -(-len(pairs) // SHOWN))
     table, pairs = np.load(f"{stem}.npy", mmap_mode="r")[shown], pairs.take(shown)
-    trusted = [score_chunk({"rater": nets["rater"]}, *test.batch(rows), companions, None)[:, -1]
-               for rows in np.array_split(np.arange(len(test)), len(test) // CHUNK + 1)]
-    trusted, strata = torch.cat(trusted).cpu().numpy(), pairs.strata()
-    s1.print0(s1.say(
-        "trusted pairs are {}rated above the corpus", auc(trusted, table["rating"]), 0.5, 0.6,
-        "eq. 9 rates low loss high, whatever is asked for" if args.signal == "loss" else
-        "either the rating does not know what was asked for, or the corpus is as good as they are: "
-        "01_proxy.py --plant tells which"))
-    for names in ["rating", *(BASELINES + ["rating,contrast"]) * args.baselines]:
-        report(strata, rank_by(table, names), names)
-    draw_histogram(f"{stem}.png", table["rating"], 100 * places(table["rating"]), strata, trusted)
+    report(pairs.strata(), table, ["rating", "contrast", *BASELINES * args.baselines])
+    draw_histogram(f"{stem}.png", table["rating"], pairs.strata())
     draw_bands(f"{stem}-bands.png", pairs, table["rating"], settings.seed)
     print(f"\nwrote {stem}.npy, .csv, .json and two figures: {len(shown)} pairs "
           f"in {progress.seconds:.1f} s")
@@ -302,9 +297,18 @@ def show_pictures(axes, images, captions, letters=16):
         axis.axis("off")
 
 
-def legend_above(axis, columns=4):
-    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=columns,
-                frameon=False, columnspacing=1)
+def draw_rows(path, rows):
+    """Pictures in rows: {name: (images (K, 3, H, W), captions)}."""
+    wide = max(len(images) for images, _ in rows.values())
+    figure, axes = plt.subplots(len(rows), wide, figsize=(1.25 * wide, 1.5 * len(rows)),
+                                squeeze=False)
+    for line, (name, (images, captions)) in zip(axes, rows.items()):
+        for axis in line:
+            axis.axis("off")
+        show_pictures(line, images, captions)
+        line[0].text(-0.15, 0.5, name, ha="right", va="center", transform=line[0].transAxes)
+    figure.subplots_adjust(wspace=0.05, hspace=0.05)
+    save_figure(figure, path)
 
 
 def save_figure(figure, path):

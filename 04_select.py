@@ -16,17 +16,15 @@ Which rule is right depends on what a high rating means. By eq. 9 it means low l
 plain pictures, and the paper's rule is the default. By eq. 6 it means that validation asked for the
 pair, and the head is what is wanted: there topk is the default.
 
-The bell's middle is --mean. At the default, half of the ranking, the first quarter holds 5 % of it,
-so that dropping that quarter changes little. The more is kept, the more of the tail comes along.
-
 The paper gives neither n, mu, sigma (here --drop, --mean, --std) nor says how to draw. Ours: drop
 25 %, as file names in the authors' first release have it; the mean at 50 % and the std of 15 points
-place the bell on what the paper calls informative, its 30 to 80 %. No pair is drawn twice.
+place the bell on what the paper calls informative, its 30 to 80 %. No pair is drawn twice. Of this
+bell 5 % lies in the first quarter, so that dropping it changes little.
 
 Reads    out/ratings.npy, or --ratings with another .npy or .csv of stage 3, or with anybody's
          numbers: a .npy of one number a pair, in row order, or a .csv with columns row and rating
-Writes   out/selected-METHOD-KEEP.csv (row, key), .json (what it grew from) and .png; for
-         ratings-loss the names begin with selected-loss
+Writes   out/selected-METHOD-KEEP.csv (row, key), .json (what it grew from) and .png, a contact
+         sheet of both sides of the cut; for ratings-loss the names begin with selected-loss
          --write-shards DIR: the selected pairs of the rated --data as new tar shards
 Run      python 04_select.py                                  ratings of eq. 6
          python 04_select.py --ratings out/ratings-loss.npy   ratings of eq. 9
@@ -42,7 +40,6 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 s1 = importlib.import_module("01_proxy")
@@ -170,8 +167,7 @@ def compare_keys(path, pairs, shown=1000):
 
 def find_planted(pairs):
     """Which pairs (N,) are dirt that --plant planted."""
-    planted = [name.encode() for name in s1.PLANTED.values()]
-    return np.isin(pairs.entries["stratum"][pairs.rows], planted)
+    return np.isin(pairs.entries["stratum"][pairs.rows], np.array(s1.PLANTED, "S15"))
 
 
 def write_shards(folder, pairs, rows, made, per_shard=10000):
@@ -206,20 +202,15 @@ def find_files(made, keys):
                          "the stages again")
 
 
-def draw_figure(path, n, w, args):
-    """What was kept over the ranking, and the bell of eq. 11 where it was drawn from."""
-    figure, axis = plt.subplots(figsize=(5, 3))
-    bins = np.linspace(0, 1, 41)
-    axis.stairs(np.full(40, n / 40), 100 * bins, fill=True, color="0.85", label="all pairs")
-    axis.stairs(np.histogram(w, bins)[0], 100 * bins, fill=True, color="#0072B2", label="kept")
-    if "gsample" in args.method:
-        fine = np.linspace(0, 1, 1001)
-        start = 0.0 if args.method == "gsample" else args.drop
-        p = np.exp(log_density(fine, start, args.mean, args.std))
-        axis.plot(100 * fine, p * n / 40, color="#D55E00", label="p of eq. 11, scaled")
-    axis.set(xlabel="percentile (0 = highest rating)", ylabel="pairs")
-    s3.legend_above(axis, 3)
-    s3.save_figure(figure, path)
+def draw_contact_sheet(path, pairs, rating, kept):
+    """What to look at before the rest is deleted: both ends of what is kept and of what is not."""
+    left_out, rows = np.setdiff1d(np.arange(len(rating)), kept), {}
+    for name, part in (("kept", kept), ("left out", left_out)):
+        part = part[np.argsort(-rating[part], kind="stable")]
+        for end, shown in (("highest", part[:8]), ("lowest", part[-8:])):
+            titles = map(" ".join, zip(pairs.read("key", shown), pairs.read("caption", shown)))
+            rows[f"{name},\n{end} {len(shown)}"] = pairs.batch(shown)[0], [*titles]
+    s3.draw_rows(path, {name: row for name, row in rows.items() if len(row[1])})
 
 
 # ---- the stage -------------------------------------------------------------------------------
@@ -275,7 +266,7 @@ def main(args, device=None):
         compare_keys(args.ratings, pairs)
     real = np.flatnonzero(~planted)
     try:
-        chosen, w = select(rating[real], args.method, args.keep, args.drop, args.mean, args.std,
+        chosen, _ = select(rating[real], args.method, args.keep, args.drop, args.mean, args.std,
                            args.seed)
     except ValueError as error:
         raise SystemExit(f"{args.ratings}: {error}")
@@ -283,7 +274,7 @@ def main(args, device=None):
     s1.write_csv(Path(f"{stem}.csv"), ["row", "key"], zip(rows.tolist(), pairs.read("key", rows)))
     s1.record(Path(f"{stem}.csv"), "04_select.py", [args.ratings, folder / "made.json"],
               pairs=folder.name)
-    draw_figure(f"{stem}.png", len(real), w, args)
+    draw_contact_sheet(f"{stem}.png", pairs.take(real), rating[real], chosen)
     names, counts = np.unique(pairs.strata(rows), return_counts=True)
     shares = [f"{n / len(rows):.0%} {name}" for name, n in zip(names, counts) if name]
     print(f"wrote {stem}.csv, .json, .png: {len(rows)} of {len(real)} pairs"
@@ -292,8 +283,6 @@ def main(args, device=None):
     if args.method != "random" and at_cut.sum() > at_cut[chosen].sum():
         print(f"{at_cut.sum()} pairs have the lowest rating that is kept: "
               f"{at_cut[chosen].sum()} of them were drawn by --seed")
-    if 1 < args.keep <= 100 < len(real):
-        print(f"--keep {args.keep:g} is a number of pairs; a share is 1 at most, and half is 0.5")
     if planted.any():
         print(f"{planted.sum()} pairs with planted dirt are left out of the ranking")
     if args.write_shards:

@@ -13,7 +13,7 @@ random selections. Measured on the test pairs, which neither a proxy nor an arm 
 
 Features and cosines come from a small contrastive network like stage 2's, trained here on the test
 pairs, which no rating has seen: its distance is not FID and its score not OpenAI's CLIP score.
---metrics standard uses the public networks of both instead: their code comes after `main` and can
+With --weights the public networks of both are used instead: their code comes after `main` and can
 be skipped. Full data and a random selection are always among the arms; tests/evidence.py has the
 paper's tables. On a CPU as many arms are trained at a time as there are cores, a thread each.
 
@@ -30,14 +30,12 @@ import gzip
 import hashlib
 import html
 import importlib
-import multiprocessing
 import os
 import re
 import sys
 import time
 import unicodedata
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +44,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator
 from torchvision.models import inception_v3
 from torchvision.transforms import InterpolationMode, functional as image_ops
 
@@ -74,18 +71,14 @@ class Arm(NamedTuple):
     file: str = ""
 
 
-# Drawn up from the decile tables of stage 3, before any arm was trained: under eq. 6 the head is
-# the informative part (percentiles 0-45 of the toy pairs), under eq. 9 the middle (30-75).
+# By eq. 6 the informative pairs come first, by eq. 9 they stand in the middle, behind plain ones.
 EQ6, EQ9 = "ratings", "ratings-loss"
-BELL = {"mean": 0.22, "std": 0.12}                         # of Gsample over the head of eq. 6
-ARMS = [Arm("full"), Arm("random 50%", keep=0.5), Arm("random 20%", keep=0.2),
+ARMS = [Arm("full"), Arm("random 50%", keep=0.5),
         Arm("eq. 6, Top-K 50%", EQ6, "topk", 0.5),
         Arm("eq. 6, Shift-Gsample 50%", EQ6, "shift-gsample", 0.5),
-        Arm("eq. 6, Top-K 20%", EQ6, "topk", 0.2),
-        Arm("eq. 6, Gsample 20%", EQ6, "gsample", 0.2, BELL),
         Arm("eq. 9, Top-K 50%", EQ9, "topk", 0.5),
         Arm("eq. 9, Shift-Gsample 50%", EQ9, "shift-gsample", 0.5),
-        Arm("eq. 9, Shift-Gsample 20%", EQ9, "shift-gsample", 0.2)]
+        Arm("contrast, Top-K 50%", EQ6, "topk", 0.5, rank_by="contrast")]
 
 
 def choose_rows(arm, pool, pairs, out, seed):
@@ -133,11 +126,6 @@ def list_arms(args, pairs, pool, arms):
     return [arm for arm in arms if arm not in missing]
 
 
-def count_steps(size, args):
-    """Of an arm of `size` pairs: half the pairs, half the steps."""
-    return args.epochs * (size // args.batch_size)         # eq. 1: the same number of epochs
-
-
 def foretell(arms, args, lab):
     """All that the arms read is read here, before any training. Returns {arm: steps}."""
     sizes = [len(choose_rows(arm, lab.pool, lab.pairs, args.out, lab.settings.seed))
@@ -145,7 +133,7 @@ def foretell(arms, args, lab):
     if min(sizes) < args.batch_size:
         raise SystemExit(f"{arms[np.argmin(sizes)].name}: {min(sizes)} pairs are fewer than "
                          "--batch-size")
-    steps = {arm.name: count_steps(size, args) for arm, size in zip(arms, sizes)}
+    steps = {arm.name: args.epochs * (size // args.batch_size) for arm, size in zip(arms, sizes)}
     s1.print0(f"{args.seeds * len(arms)} models, {args.seeds * sum(steps.values()):,} steps; fewer "
               "--seeds or --epochs, or some files with --selected, make it less")
     return steps
@@ -218,11 +206,11 @@ def open_lab(out, real, device):
 
 
 @functools.cache
-def open_judge(out, metrics, weights, smoke, device):
+def open_judge(out, weights, smoke, device):
     """The judge, and mean and covariance of the features that it sees in the test images."""
     lab = open_lab(out, False, device)
-    judge = (StandardJudge(weights, device) if metrics == "standard" else s2.train_contrast(
-        lab.test, 20 if smoke else s2.CONTRAST_STEPS, lab.settings.seed))
+    judge = StandardJudge(weights, device) if weights else s2.train_contrast(
+        lab.test, 20 if smoke else s2.CONTRAST_STEPS, lab.settings.seed)
     x, _ = lab.test.batch(np.arange(min(DRAWN, len(lab.test))))
     return judge, moments(torch.cat([judge.embed_images(part)[0] for part in x.split(PART)]))
 
@@ -231,10 +219,11 @@ def run_arm(work, args, device):
     """Train on an arm's pairs from scratch and evaluate: the result row, and images (n, 3, H, W)
     uint8. work: (seed, arm)."""
     (seed, arm), lab = work, open_lab(args.out, bool(args.selected), device)
-    judge, reference = open_judge(args.out, args.metrics, args.weights, args.smoke, device)
+    judge, reference = open_judge(args.out, args.weights, args.smoke, device)
     rows, began = choose_rows(arm, lab.pool, lab.pairs, args.out, seed), time.monotonic()
     torch.manual_seed(seed)                                # all arms start from the same weights
-    net, steps = s1.build_proxy(lab.settings, device), count_steps(len(rows), args)
+    net = s1.build_proxy(lab.settings, device)
+    steps = args.epochs * (len(rows) // args.batch_size)   # eq. 1: half the pairs, half the steps
     s1.train(net, lab.pairs.take(rows), steps, args.batch_size, args.lr, seed, DECAY)
     seconds = time.monotonic() - began
     numbers, images = evaluate(net, lab.test, judge, reference, lab.settings.seed)
@@ -242,17 +231,6 @@ def run_arm(work, args, device):
     shares = {name: float(np.mean(strata == name)) for name in s1.STRATUM_COLOURS if name in known}
     return {"arm": arm.name, "seed": seed, "pairs": len(rows), "steps": steps, "seconds": seconds,
             **numbers, **shares}, s1.to_pixels(images.cpu().numpy())
-
-
-def run_side_by_side(run, work, cores):
-    """run(...) of all `work`, in order, by as many processes as there are cores."""
-    if min(cores, len(work)) < 2:
-        return map(run, work)
-    context = multiprocessing.get_context("spawn")         # a fork would lack torch's threads
-    try:
-        return ProcessPoolExecutor(min(cores, len(work)), context, s1.begin_worker).map(run, work)
-    except (OSError, ImportError, NotImplementedError):    # a machine without semaphores
-        return map(run, work)
 
 
 def run_all(stem, arms, steps, args, lab, device, cores):
@@ -268,7 +246,7 @@ def run_all(stem, arms, steps, args, lab, device, cores):
     work = [(seed, arm) for seed in range(first, first + args.seeds) for arm in arms][len(results):]
     run, began = functools.partial(run_arm, args=args, device=device), time.monotonic()
     done, left = 0, sum(steps[arm.name] for _, arm in work)
-    for (seed, arm), (result, images) in zip(work, run_side_by_side(run, work, cores)):
+    for (seed, arm), (result, images) in zip(work, s1.side_by_side(run, work, "spawn", cores)):
         results.append(result)
         samples.setdefault(arm.name, torch.from_numpy(images[:8]))
         if args.save_images:
@@ -311,19 +289,11 @@ def show_interval(mean, half, sign=""):
     return f"{mean:{sign}.3g}" + ("" if np.isnan(half) else f" ± {half:.2g}")
 
 
-def verdict(difference, half, sign):
-    """wins, loses, or tie where the interval of a paired difference holds zero; '' at one seed."""
-    if np.isnan(half):
-        return ""
-    if abs(difference) <= half:
-        return "tie"
-    return "wins" if difference * sign > 0 else "loses"
-
-
 def show_difference(values, sign):
-    """The interval of paired differences, and their verdict."""
+    """Paired differences: their interval, and whether they win, lose, or tie, with zero in it."""
     mean, half = interval(values)
-    return f"{show_interval(mean, half, '+')} {verdict(mean, half, sign)}"
+    verdict = "tie" if abs(mean) <= half else "wins" if mean * sign > 0 else "loses"
+    return show_interval(mean, half, "+") + f" {verdict}" * (not np.isnan(half))
 
 
 def write_markdown(*rows):
@@ -359,24 +329,16 @@ def tabulate(results, arms, floor):
 def draw_results(path, results, arms):
     """Every seed as a point, the mean as a bar with its 95 % interval."""
     metrics = [name for name in METRICS if name != "score"]
-    colours = {"": "0.4", EQ6: "#0072B2", EQ9: "#D55E00"}
     figure, axes = plt.subplots(1, len(metrics), figsize=(11, 0.34 * len(arms) + 1), sharey=True)
     for axis, metric in zip(axes, metrics):
         for place, arm in enumerate(arms):
             values = [row[metric] for row in results if row["arm"] == arm.name]
             mean, half = interval(values)
-            colour = colours.get(arm.ratings, "#009E73") if not arm.file else "#009E73"
-            axis.errorbar(mean, place, xerr=np.nan_to_num(half), fmt="|", color=colour, capsize=3,
-                          markersize=12)
-            axis.plot(values, [place] * len(values), "o", color=colour, markersize=4, alpha=0.7)
-        better = "more" if METRICS[metric] > 0 else "less"
-        axis.set(xlabel=f"{metric} ({better} is better)")
-        axis.grid(axis="x", alpha=0.3)
-        if better == "less":                               # some selections are worse tenfold
-            axis.set_xscale("log")
-            axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}",
-                           minor_formatter="")
-        axis.tick_params(axis="x", labelsize=8)
+            axis.errorbar(mean, place, xerr=np.nan_to_num(half), fmt="k|", capsize=3, markersize=12)
+            axis.plot(values, [place] * len(values), "o", color="#0072B2", markersize=4, alpha=0.7)
+        axis.set(xlabel=f"{metric} ({'more' if METRICS[metric] > 0 else 'less'} is better)",
+                 xscale="linear" if METRICS[metric] > 0 else "log")
+        axis.grid(axis="x", which="both", alpha=0.3)
     axes[0].set_yticks(range(len(arms)), [arm.name for arm in arms])
     axes[0].invert_yaxis()
     figure.tight_layout()
@@ -385,16 +347,10 @@ def draw_results(path, results, arms):
 
 def draw_samples(path, samples, test):
     """Eight captions: the real image, then what each arm draws for it from the same noise."""
-    columns = min(8, len(test))
-    rows = {"real": test.batch(np.arange(columns))[0].cpu(),
-            **{name: images / 127.5 - 1 for name, images in samples.items()}}
-    captions = test.read("caption", np.arange(columns))
-    figure, axes = plt.subplots(len(rows), columns, figsize=(10, 1.05 * len(rows) + 0.8))
-    for k, (row, (name, images)) in enumerate(zip(axes, rows.items())):
-        s3.show_pictures(row, images, captions if k == 0 else [""] * columns)
-        row[0].text(-0.15, 0.5, name, ha="right", va="center", transform=row[0].transAxes)
-    figure.subplots_adjust(wspace=0.05, hspace=0.05)
-    s3.save_figure(figure, path)
+    shown = np.arange(min(8, len(test)))
+    rows = {"real": (test.batch(shown)[0], test.read("caption", shown))}
+    s3.draw_rows(path, rows | {name: (images / 127.5 - 1, [""] * len(shown))
+                               for name, images in samples.items()})
 
 
 # ---- the stage -------------------------------------------------------------------------------
@@ -404,8 +360,7 @@ def parse_args(argv=None):
         selected=([], "files of stage 4 as arms"),
         batch_size=(64, "pairs, all processes"), epochs=(16, "over every selection"),
         seeds=(3, "paired repetitions"), lr=(5e-3, "of the downstream model"),
-        metrics=(("mini", "standard"), "own small network, or FID's Inception and OpenAI's CLIP"),
-        weights=("", "folder with the public files of the standard metrics"),
+        weights=("", "folder of the public networks of FID and CLIP score, to use them"),
         save_images=("", "folder for what every arm draws, with captions, for other tools"))
 
 
@@ -419,7 +374,7 @@ def main(args, device, arms=ARMS, name="results"):
         s1.print0(f"{len(lab.pairs) - len(lab.pool)} pairs with planted dirt are in no arm")
     arms = list_arms(args, lab.pairs, lab.pool, arms)
     steps = foretell(arms, args, lab)
-    judge, reference = open_judge(args.out, args.metrics, args.weights, args.smoke, device)
+    judge, reference = open_judge(args.out, args.weights, args.smoke, device)
     rows = np.arange(min(DRAWN, len(lab.val)))
     real = judge_images(judge, lab.val.batch(rows)[0], lab.val.read("caption", rows), reference)
     floor = (f"{len(rows)} real images that the judge has not seen: score {real['score']:.1f}, "
@@ -451,21 +406,14 @@ WEIGHTS = {                # what: (address, SHA-256)
 
 
 def find_weights(what, folder):
-    """A public file: in `folder`, or fetched once into torch's cache. Its SHA-256 is checked, so
-    that what is read from it is known."""
+    """A public file in `folder`. Its SHA-256 is checked, so that what is read from it is known."""
     address, digest = WEIGHTS[what]
-    file = Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / address.rpartition("/")[2]
-    try:
-        if not folder and not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(address, str(file), hash_prefix=digest)
-        with open(file, "rb") as data:
-            found = hashlib.file_digest(data, "sha256").hexdigest()
-    except (OSError, RuntimeError) as error:
-        raise SystemExit(f"{file} could not be read or fetched ({error}): get {address} elsewhere, "
-                         "and name its folder with --weights")
-    if found != digest:
-        raise SystemExit(f"{file} is not the public file (SHA-256 differs): delete it")
+    file = Path(folder) / address.rpartition("/")[2]
+    if not file.exists():
+        raise SystemExit(f"{file} is missing: download it from {address}")
+    with open(file, "rb") as data:
+        if hashlib.file_digest(data, "sha256").hexdigest() != digest:
+            raise SystemExit(f"{file} is not the public file (SHA-256 differs): delete it")
     return file
 
 
@@ -497,6 +445,8 @@ def clip_tower(width, depth):
     return nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
 
 
+SIDE = 224                 # pixels, of CLIP
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CLIP_NAMES = {             # of the parts of a block: OpenAI's, torch's
     "resblocks": "layers", "ln_1": "norm1", "attn": "self_attn", "ln_2": "norm2",
     "mlp.c_fc": "linear1", "mlp.c_proj": "linear2"}
@@ -512,8 +462,9 @@ def rename_parts(_, state, *__):
 class ClipImages(nn.Module):
     """Vision transformer: pixels (B, 3, 224, 224), normalised -> (B, embedding)."""
 
-    def __init__(self, width, depth, patch, tokens, embedding):
+    def __init__(self, width, depth, patch, size, embedding):
         super().__init__()
+        tokens = 1 + (size // patch) ** 2
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.positional_embedding = nn.Parameter(torch.zeros(tokens, width))
@@ -529,22 +480,16 @@ class ClipImages(nn.Module):
 
 
 class Clip(nn.Module):
-    """OpenAI's CLIP with a vision transformer; all sizes are read off the state dict."""
+    """OpenAI's CLIP with a vision transformer, ViT-B/32 by default. vocabulary: words, length."""
 
-    def __init__(self, state):
+    def __init__(self, images=(768, 12, 32, SIDE, 512), text=(512, 12), vocabulary=(49408, 77)):
         super().__init__()
-        shape = {name: tuple(value.shape) for name, value in state.items()}
-        depths = [1 + max(int(name.removeprefix(part).split(".")[0]) for name in shape
-                          if name.startswith(part))
-                  for part in ("visual.transformer.resblocks.", "transformer.resblocks.")]
-        width, _, patch, _ = shape["visual.conv1.weight"]
-        self.visual = ClipImages(width, depths[0], patch, shape["visual.positional_embedding"][0],
-                                 shape["visual.proj"][1])
-        self.token_embedding = nn.Embedding(*shape["token_embedding.weight"])
-        self.positional_embedding = nn.Parameter(torch.zeros(shape["positional_embedding"]))
-        self.transformer = clip_tower(shape["positional_embedding"][1], depths[1])
-        self.ln_final = nn.LayerNorm(shape["positional_embedding"][1])
-        self.text_projection = nn.Parameter(torch.zeros(shape["text_projection"]))
+        width, length = text[0], vocabulary[1]
+        self.visual, self.transformer = ClipImages(*images), clip_tower(*text)
+        self.token_embedding = nn.Embedding(vocabulary[0], width)
+        self.positional_embedding = nn.Parameter(torch.zeros(length, width))
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.zeros(width, images[-1]))
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.register_load_state_dict_pre_hook(rename_parts)
 
@@ -554,14 +499,6 @@ class Clip(nn.Module):
         h = self.transformer(self.token_embedding(ids) + self.positional_embedding, mask)
         rows = torch.arange(len(ids), device=ids.device)
         return self.ln_final(h)[rows, ids.argmax(1)] @ self.text_projection
-
-
-@functools.cache
-def character_class(kind):
-    """The code points of Unicode category `kind` (L, N), as ranges for a regular expression."""
-    member = [unicodedata.category(chr(k)).startswith(kind) for k in range(sys.maxunicode + 1)]
-    edges = np.flatnonzero(np.diff([0, *member, 0]))
-    return "".join(f"{re.escape(chr(a))}-{re.escape(chr(b - 1))}" for a, b in edges.reshape(-1, 2))
 
 
 class ClipTokenizer:
@@ -580,9 +517,10 @@ class ClipTokenizer:
         names = symbols + [f"{s}</w>" for s in symbols] + ["".join(merge) for merge in merges]
         self.ids = {name: k for k, name in enumerate(names)}
         self.order = {merge: k for k, merge in enumerate(merges)}
-        letters, numbers = character_class("L"), character_class("N")
-        self.words = re.compile(f"'s|'t|'re|'ve|'m|'ll|'d|[{letters}]+|[{numbers}]|"
-                                f"[^\\s{letters}{numbers}]+", re.IGNORECASE)
+        number = "".join(chr(k) for k in range(sys.maxunicode) if unicodedata.category(chr(k)) in (
+            "Nd", "Nl", "No"))                             # a letter: of \w, but no number, no _
+        self.words = re.compile(f"'s|'t|'re|'ve|'m|'ll|'d|(?:(?![{number}])[^\\W_])+|[{number}]|"
+                                "(?:[^\\s\\w]|_)+", re.IGNORECASE)
 
     def merge(self, word):
         """Ids of one word: the earliest learnt merge first, until none is left."""
@@ -609,9 +547,6 @@ class ClipTokenizer:
         return table
 
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
 class StandardJudge:
     """The interface of stage 2's `Contrast`, with the networks of FID and of the CLIP score."""
 
@@ -626,14 +561,12 @@ class StandardJudge:
         self.inception = build_inception()
         self.inception.load_state_dict(torch.load(paths["inception"], weights_only=True))
         self.inception.fc = nn.Identity()                  # the 2048 features before the classes
-        self.clip = Clip(state)
+        self.clip, self.device = Clip(), device
         self.clip.load_state_dict(state)
         self.inception, self.clip = self.inception.to(device), self.clip.to(device).eval()
-        self.tokenize, self.device = ClipTokenizer(paths["clip_vocab"]), device
-        side, patch = self.clip.visual.positional_embedding, self.clip.visual.conv1.kernel_size[0]
-        self.size = round((len(side) - 1) ** 0.5) * patch
-        s1.print0(f"CLIP ViT, width {side.shape[1]}, patch {patch}, {self.size} px: score = 100 "
-                  "cos (other tools print 2.5 max(cos, 0)); FID with the Inception-v3 of 2015")
+        self.tokenize = ClipTokenizer(paths["clip_vocab"])
+        s1.print0("score = 100 cos of CLIP ViT-B/32 (others print 2.5 max(cos, 0)); distance is "
+                  "FID, with the Inception-v3 of 2015")
 
     @torch.no_grad()
     def embed_pixels(self, images):
@@ -641,7 +574,7 @@ class StandardJudge:
         large = [F.interpolate(image[None].to(self.device) / 255, (299, 299), mode="bilinear",
                                align_corners=False) for image in images]
         crops = [image_ops.center_crop(image_ops.resize(
-            image_ops.to_pil_image(image), self.size, InterpolationMode.BICUBIC), self.size)
+            image_ops.to_pil_image(image), SIDE, InterpolationMode.BICUBIC), SIDE)
             for image in images]
         crops = torch.stack([image_ops.normalize(image_ops.to_tensor(crop), CLIP_MEAN, CLIP_STD)
                              for crop in crops]).to(self.device)
