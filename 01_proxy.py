@@ -240,11 +240,6 @@ def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None):
 #                           image can find these
 STRATA = {"informative": 0.45, "plain": 0.30, "chaotic-noise": 0.15, "chaotic-caption": 0.10}
 PLANTED = ("planted-plain", "planted-noise", "planted-caption")
-STRATUM_COLOURS = {        # collages: a stratum of photographs, not of the toy
-                   "informative": "#0072B2", "plain": "#E69F00", "planted-plain": "#E69F00",
-                   "chaotic-noise": "#555555", "planted-noise": "#555555",
-                   "chaotic-caption": "#CC79A7", "planted-caption": "#CC79A7",
-                   "chaotic-collage": "#009E73"}
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230),
            "yellow": (240, 220, 50), "pink": (240, 110, 200), "cyan": (60, 210, 220)}
 GROUNDS = {"black": (20, 20, 20), "gray": (128, 128, 128), "brown": (110, 65, 30),
@@ -456,7 +451,7 @@ def prepare(folder, args):
             if any(made["plant"] or ()):
                 plant_pairs(part, args)
             made["digest"] = digest(part / "entries.npy") + digest(part / "texts.jsonl")
-            write_json(part / "made.json", made)
+            (part / "made.json").write_text(json.dumps(made, indent=1))
             (folder / "made.json").unlink(missing_ok=True)  # first: without it nothing is whole
             shutil.rmtree(folder, ignore_errors=True)
             os.sync()                                      # else a power cut leaves a hollow folder
@@ -507,7 +502,9 @@ def read_tasks(folder, tasks, args, skipped):
                 told = time.monotonic()
                 left = datetime.timedelta(seconds=round((told - began) * (len(tasks) / k - 1)))
                 print0(f"read {sum(counts):,} pairs   {left} left")
-    print_skipped(skipped)
+    for reason in dict.fromkeys(reason for reason, _ in skipped):
+        names = [name for other, name in skipped if other == reason]
+        print0(f"skipped {len(names)} ({reason}), first {' '.join(clean(names[0]).split())}")
     return np.repeat([label for label, *_ in tasks], counts)
 
 
@@ -621,11 +618,9 @@ def split_dataset(args):
             if len(split.targets) != len(split.data) or max(split.targets) >= len(split.classes):
                 raise ValueError("labels and pictures do not belong to each other")
     except Exception as error:                             # of another file under its name, any
-        names = [name.removesuffix(".gz") for name, _ in getattr(kind, "resources", None)
-                 or [*kind.train_list, *kind.test_list, (kind.meta["filename"], "")]]
-        folder = Path(args.root) / getattr(kind, "base_folder", f"{args.data}/raw")
-        raise SystemExit(f"{args.data} could not be read or downloaded: put {', '.join(names)} "
-                         f"into {folder}, or name another --root ({str(error).split(chr(10))[0]})")
+        raise SystemExit(f"{args.data} could not be read or downloaded ({error}): put what "
+                         f"torchvision.datasets.{args.data} needs into {args.root} yourself, or name "
+                         "another --root")
     order, test_order = (rng.permutation(len(split)) for split in (data, test))
     trusted = min(DATASET_TRUSTED, len(data) // 5)
     train = np.sort(order[trusted:][:args.pairs or None])
@@ -824,13 +819,6 @@ def clean(text):
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def print_skipped(skipped):
-    """A line for each reason of [(reason, name)]: how many names, and the first."""
-    for reason in dict.fromkeys(reason for reason, _ in skipped):
-        names = [name for other, name in skipped if other == reason]
-        print0(f"skipped {len(names)} ({reason}), first {' '.join(clean(names[0]).split())}")
-
-
 def decode_image(data, size):
     """Image bytes -> (3, size, size) uint8: upright, in RGB, on white, the largest square in the
     middle, shrunk."""
@@ -975,12 +963,8 @@ def begin_worker():
     """In a worker: Ctrl-C is for the first process, and a worker ends with it, however it ends."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    first = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (first.join(), os._exit(1)), daemon=True).start()
 
 
 class Progress:
@@ -1034,9 +1018,8 @@ class Progress:
         numbers = add_up(torch.stack(self.waiting)).tolist() if self.waiting else []
         for row in np.array(numbers) / world():
             if not np.isfinite(row).all():
-                saved = self.path and self.path.exists()
                 raise SystemExit(f"step {len(self.log) + 1}: {row.tolist()} is not finite: lower "
-                                 "--lr" + (f"; {self.path} holds an earlier step" if saved else ""))
+                                 f"--lr; {self.path}, if there, holds an earlier step")
             self.log.append(row.tolist())
         self.waiting, now = [], time.monotonic()
         self.seconds, self.now = self.seconds + now - self.now, now
@@ -1086,9 +1069,9 @@ def digest(path):
 
 def record(path, written_by, grew_from, **facts):
     """Write the .json beside a result: what it grew from, for `check`."""
-    write_json(path.with_suffix(".json"), {
-        "written_by": written_by, "digest": digest(path), **facts, "grew_from": {
-            os.path.relpath(parent, path.parent): digest(parent) for parent in grew_from}})
+    with atomic_file(path.with_suffix(".json")) as file:
+        json.dump({"written_by": written_by, "digest": digest(path), **facts, "grew_from": {
+            os.path.relpath(parent, path.parent): digest(parent) for parent in grew_from}}, file)
 
 
 def check(path):
@@ -1107,11 +1090,6 @@ def check(path):
 
 def read_json(path):
     return parse_json(path.read_bytes()) if path.exists() else {}
-
-
-def write_json(path, record):
-    with atomic_file(path) as file:
-        json.dump(record, file, indent=1)
 
 
 def save(path, written_by, grew_from, settings, weights):

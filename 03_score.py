@@ -59,6 +59,11 @@ NUMBERS = ["instance", "group", "rating", "contrast"]
 BASELINES = ["ref_loss", "difference", "gain"]
 LOW_IS_GOOD = ("ref_loss", "difference")
 
+STRATUM_COLOURS = {        # collages: a stratum of photographs, not of the toy
+                   "informative": "#0072B2", "plain": "#E69F00", "planted-plain": "#E69F00",
+                   "chaotic-noise": "#555555", "planted-noise": "#555555",
+                   "chaotic-caption": "#CC79A7", "planted-caption": "#CC79A7",
+                   "chaotic-collage": "#009E73"}
 
 # ---- the score -------------------------------------------------------------------------------
 def mean_group_weight(rater, f, companions):
@@ -171,7 +176,7 @@ def auc(high, low):
 
 def areas(strata, column):
     """{kind of dirt: AUC of the pairs that are no known dirt above it}."""
-    dirt = [name for name in s1.STRATUM_COLOURS if name != "informative"]
+    dirt = [name for name in STRATUM_COLOURS if name != "informative"]
     good = column[~np.isin(strata, dirt)]
     return {name: auc(good, column[strata == name]) for name in dirt
             if name in strata and len(good)}
@@ -199,13 +204,13 @@ def report(strata, columns, rankings):
 # ---- figures ---------------------------------------------------------------------------------
 def draw_histogram(path, rating, strata):
     """Ratings by stratum."""
-    names = [name for name in s1.STRATUM_COLOURS if name in set(strata)]
+    names = [name for name in STRATUM_COLOURS if name in set(strata)]
     rest = ~np.isin(strata, names)
     groups = [(name, strata == name) for name in names] + [
         ("other pairs" if names else "all pairs", rest)] * bool(rest.any())
     figure, axis = plt.subplots(figsize=(6, 3))
     axis.hist([rating[chosen] for _, chosen in groups], bins=60, stacked=True,
-              color=[s1.STRATUM_COLOURS.get(name, "black") for name, _ in groups],
+              color=[STRATUM_COLOURS.get(name, "black") for name, _ in groups],
               label=[name for name, _ in groups], edgecolor="white", linewidth=0,
               hatch=["//" if name.startswith("chaotic") else "" for name, _ in groups])
     axis.set(xlabel="rating", ylabel="pairs")
@@ -301,13 +306,12 @@ def draw_rows(path, rows):
     """Pictures in rows: {name: (images (K, 3, H, W), captions)}."""
     wide = max(len(images) for images, _ in rows.values())
     figure, axes = plt.subplots(len(rows), wide, figsize=(1.25 * wide, 1.5 * len(rows)),
-                                squeeze=False)
+                                squeeze=False, layout="constrained")
     for line, (name, (images, captions)) in zip(axes, rows.items()):
         for axis in line:
             axis.axis("off")
         show_pictures(line, images, captions)
         line[0].text(-0.15, 0.5, name, ha="right", va="center", transform=line[0].transAxes)
-    figure.subplots_adjust(wspace=0.05, hspace=0.05)
     save_figure(figure, path)
 
 

@@ -228,7 +228,7 @@ def run_arm(work, args, device):
     seconds = time.monotonic() - began
     numbers, images = evaluate(net, lab.test, judge, reference, lab.settings.seed)
     strata, known = lab.pairs.strata(rows), set(lab.pairs.strata(lab.pool))
-    shares = {name: float(np.mean(strata == name)) for name in s1.STRATUM_COLOURS if name in known}
+    shares = {name: float(np.mean(strata == name)) for name in s3.STRATUM_COLOURS if name in known}
     return {"arm": arm.name, "seed": seed, "pairs": len(rows), "steps": steps, "seconds": seconds,
             **numbers, **shares}, s1.to_pixels(images.cpu().numpy())
 
@@ -306,7 +306,7 @@ def tabulate(results, arms, floor):
     """Two Markdown tables: means, and paired differences with full and random."""
     values = {arm.name: {name: np.array([row[name] for row in results if row["arm"] == arm.name])
                          for name in results[0] if name != "arm"} for arm in arms}
-    strata = [name for name in results[0] if name in s1.STRATUM_COLOURS]
+    strata = [name for name in results[0] if name in s3.STRATUM_COLOURS]
     means = [("arm", "pairs", " / ".join(strata) or "stratum", "seconds", *METRICS)]
     for name, columns in values.items():
         shares = " / ".join(f"{100 * columns[stratum].mean():.0f}" for stratum in strata) or "-"
