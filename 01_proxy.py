@@ -355,7 +355,7 @@ def main(args, device):
               [(k, *row) for k, row in enumerate(progress.log, 1)])
     progress.finish()
     print0(f"wrote {out}/proxy.pt, .json, .csv: {sum(p.numel() for p in ref.parameters()):,}"
-           f" parameters, {args.steps} steps in {progress.seconds:.0f} s")
+           f" parameters, {args.steps} steps in {progress.seconds:.0f} s; next 02_meta_rater.py")
 
 
 # ---- pairs: prepared once, mapped afterwards -------------------------------------------------
@@ -618,9 +618,8 @@ def split_dataset(args):
             if len(split.targets) != len(split.data) or max(split.targets) >= len(split.classes):
                 raise ValueError("labels and pictures do not belong to each other")
     except Exception as error:                             # of another file under its name, any
-        raise SystemExit(f"{args.data} could not be read or downloaded ({error}): put what "
-                         f"torchvision.datasets.{args.data} needs into {args.root} yourself, or name "
-                         "another --root")
+        raise SystemExit(f"{args.data} could not be read or downloaded ({error}): put the files of "
+                         f"torchvision.datasets.{args.data} into --root {args.root} by hand")
     order, test_order = (rng.permutation(len(split)) for split in (data, test))
     trusted = min(DATASET_TRUSTED, len(data) // 5)
     train = np.sort(order[trusted:][:args.pairs or None])

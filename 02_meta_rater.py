@@ -1,8 +1,9 @@
 """Stage 2 of 5: the rater mu learns which pairs help, from an explicit meta-gradient (eqs. 2-10).
 
 Two proxies leave the warm-up side by side. theta trains on the weighted training pairs and on
-validation pairs, theta_hat on the weighted training pairs alone. Where theta has the lower loss
-on a training pair, validation data asked for that pair, and its weight rises.
+validation pairs, theta_hat on the weighted training pairs alone. After hundreds of steps they
+differ by what the validation pairs teach. Where theta has the lower loss on a training pair, that
+pair is like what was taught, and its weight rises.
 
     eq. 2    mu* = argmin_mu L(theta*(mu); D_val)             what is wanted (outer problem)
     eq. 3    theta*(mu) = argmin_theta sum_i W_i(mu) L(theta; x_i)                     (inner)
@@ -15,12 +16,18 @@ on a training pair, validation data asked for that pair, and its weight rises.
     eq. 10   the batch gradient of eq. 5: mean over pairs of W_i grad L; here a sum, as W_i holds
              the 1/N already
 
-Why eq. 6 is a meta-gradient: with theta = theta_hat - beta g_val,
-    L_i(theta) - L_i(theta_hat) = -beta <grad L_i, g_val> + O(beta^2) = dL_val / dW_i + O(beta^2),
-provided that both losses use the same t and eps. With separate noise a step shows little but the
-noise, which the rater then has to average away.
+What the difference of eq. 6 measures: after hundreds of steps the negative of a reducible holdout
+loss (RHO-LOSS, arXiv 2206.07137), how much better a model that knows the validation pairs explains
+this pair than one that does not. Why it is a meta-gradient: for one plain step from shared weights,
+theta = theta_hat - beta g_val, and
+    L_i(theta) - L_i(theta_hat) = -beta <grad L_i, g_val> + O(beta^2) = dL_val / dW_i + O(beta^2).
+One step tells nothing yet, and both losses need the same t and eps: with separate noise the
+difference shows little but the noise, which the rater then has to average away.
 
 Added to the paper, each marked in the code (what happens without it: .assets/differences.md):
+    cosine         of picture and caption, under a small contrastive network trained on the
+                   validation pairs: an input of the rater, whose own encoder learns from some
+                   thousands of ranks what pictures show, but hardly what captions say
     entropy term   keeps all weight from falling on one pair, and pulls W_batch to 0.5; the logit
                    tends to -W_batch E[signal] / tau
     rank signal    a pair's difference is ranked in its group, a group's total among the step's
@@ -39,7 +46,7 @@ pairs on 2 GPUs are groups of 32), so the number of processes changes nothing.
 
 Reads    out/pairs/, out/proxy.pt
 Writes   out/rater.pt, .json, .csv            (--signal loss: out/rater-loss.pt, .json, .csv)
-Run      python 02_meta_rater.py                        under a minute on two cores
+Run      python 02_meta_rater.py                        half a minute on two cores
          torchrun --nproc-per-node 2 -- 02_meta_rater.py --signal loss
 """
 import importlib
@@ -63,7 +70,7 @@ GROUP = 32                 # pairs under one softmax; W_batch ranks the groups o
 class Contrast(nn.Module):
     """Image -> features (B, 64) -> unit vector (B, 32); caption -> unit vector; cosine compares.
 
-    CLIP in small: stage 3 ranks by it; stage 5's judge is another one, trained on other pairs.
+    CLIP in small, and a rival by itself; stage 5's judge is another one, trained on other pairs.
     """
 
     def __init__(self, size, words):
@@ -129,8 +136,9 @@ def train_contrast(pairs, steps, seed, batch_size=128):
 class Rater(nn.Module):
     """mu: clean image and caption -> features -> Instance MLP (logit) and Group MLP (W_batch).
 
-    The paper's Fig. 2a with a small transformer encoder in place of a text-to-image model's. The
-    Group MLP is the paper's part: in all our measurements ratings without it are as good.
+    The paper's Fig. 2a with a small transformer encoder in place of a text-to-image model's, and
+    the cosine of a frozen contrastive network beside it. The Group MLP is the paper's part: in all
+    our measurements ratings without it are as good.
     """
 
     def __init__(self, size, patch, words, width=64, depth=2):
@@ -206,9 +214,8 @@ def negative_entropy(W_inst, W_batch):
 def meta_step(nets, opts, train, val, rng, args, rest=False):
     """One step of eqs. 5-7. nets and opts: proxy theta, ref theta_hat, rater mu.
 
-    All losses are those of the parameters before the step. To first order gap_i =
-    -beta <grad L_i, g_val> = dL_val / dW_i: the meta-gradient, without a second derivative. The
-    proxies are never joined again, so that the gap adds up over the steps. train and val are whole
+    All losses are those of the parameters before the step. The proxies are never joined again, so
+    that the gap adds up over the steps; there is no second derivative. train and val are whole
     batches (x (B, 3, H, W), c (B, T)), of which a process takes its share; each softmax runs over a
     group inside it. With `rest` the rater stays as it is. Returns the COLUMNS of the log.
     """
@@ -315,7 +322,7 @@ def main(args, device):
                  [(k, *row) for k, row in enumerate(progress.log, 1)])
     progress.finish()
     s1.print0(f"wrote {out}/{name}.pt, .json, .csv: {args.steps} meta steps in "
-              f"{progress.seconds:.0f} s")
+              f"{progress.seconds:.0f} s; next {command.replace('02_meta_rater', '03_score')}")
 
 
 if __name__ == "__main__":

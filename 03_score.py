@@ -11,12 +11,11 @@ of processes change nothing. (The released code's ratings are softmaxes over the
 depend on batch-mates and on file order, and grow in a short last batch.) Ratings are written chunk
 by chunk: memory does not grow with the corpus, and a run that is killed continues.
 
-A rating costs one pass of the small rater. --baselines adds rankings without a rater. Three are
-the mean of 8 draws of t and eps: `ref_loss`, L(theta_hat; x_i) after stage 2; `difference`,
+A rating costs one pass of the small rater. `contrast`, the cosine that the rater is given, is by
+itself what practitioners filter by, in small. --baselines adds three rankings without a rater, the
+mean of 8 draws of t and eps each: `ref_loss`, L(theta_hat; x_i) after stage 2; `difference`,
 L(theta; x_i) - L(theta_hat; x_i); and `gain`, what its caption is worth to theta_hat,
-L(theta_hat; x_i without caption) - L(theta_hat; x_i). `contrast` is what practitioners use, in
-small: the cosine of picture and caption under a contrastive network, here trained on the
-validation pairs of stage 2.
+L(theta_hat; x_i without caption) - L(theta_hat; x_i).
 
 Reads    out/pairs/, out/proxy.pt, out/rater.pt           (--signal loss: out/rater-loss.pt)
 Writes   out/ratings.npy (structured, in row order), out/ratings.csv (the same, for people),
@@ -289,8 +288,8 @@ def main(args, device):
     report(pairs.strata(), table, ["rating", "contrast", *BASELINES * args.baselines])
     draw_histogram(f"{stem}.png", table["rating"], pairs.strata())
     draw_bands(f"{stem}-bands.png", pairs, table["rating"], settings.seed)
-    print(f"\nwrote {stem}.npy, .csv, .json and two figures: {len(shown)} pairs "
-          f"in {progress.seconds:.1f} s")
+    print(f"wrote {stem}.npy, .csv, .json and two figures; look at {stem.name}-bands.png; next "
+          "04_select.py" + f" --ratings {stem}.npy" * (stem.name != "ratings"))
 
 
 def show_pictures(axes, images, captions, letters=16):

@@ -287,6 +287,7 @@ def main(args, device=None):
         print(f"{planted.sum()} pairs with planted dirt are left out of the ranking")
     if args.write_shards:
         write_shards(args.write_shards, pairs, rows, made)
+    print(f"look at {stem.name}.png; next 05_train_eval.py, or --selected {stem}.csv")
 
 
 if __name__ == "__main__":

@@ -104,26 +104,22 @@ def list_arms(args, pairs, pool, arms):
                              f"{args.out}/pairs: rate those, without --data, in 03_score.py")
         s4.compare_keys(file, pairs)
     if args.selected:
-        if len(set(map(os.path.realpath, args.selected))) < len(args.selected):
-            raise SystemExit("--selected names a file twice")
+        names = [Path(file).stem for file in args.selected]
         counts = sorted({len(s4.read_rows(Path(file), pairs)) for file in args.selected})
         rivals = [Arm("full"), *(Arm(f"random {n}", keep=n) for n in counts)]
-        stems = [Path(file).stem for file in args.selected]
-        taken = [*stems, "real", *(arm.name for arm in rivals)]
-        return rivals + [Arm(stem if taken.count(stem) == 1 else file, file=file)
-                         for stem, file in zip(stems, args.selected)]
-    missing = []
+        if len({*names, "real", *(arm.name for arm in rivals)}) < len(names) + len(rivals) + 1:
+            raise SystemExit(f"--selected {' '.join(names)}: names are not distinct, or taken")
+        return rivals + [Arm(name, file=file) for name, file in zip(names, args.selected)]
+    found = []
     for arm in arms:
         file = Path(args.out) / f"{arm.ratings}.npy"
-        columns = (np.load(file, mmap_mode="r").dtype.names or ()) if file.exists() else ()
-        if columns:
-            s1.check(file)
-        if arm.ratings and not set(arm.rank_by.split(",")) <= set(columns):
-            missing.append(arm)
-            how = "--signal loss" if arm.ratings == EQ9 else "--baselines"
-            s1.print0(f"{arm.name} is left out: {file} is missing or has no column {arm.rank_by} "
-                      f"(03_score.py {how} writes it)")
-    return [arm for arm in arms if arm not in missing]
+        columns = np.load(file, mmap_mode="r").dtype.names if file.exists() else ()
+        if not arm.ratings or arm.rank_by in columns and s1.check(file) is not None:
+            found.append(arm)
+        else:
+            s1.print0(f"{arm.name} is left out: {file} with {arm.rank_by} is missing (03_score.py"
+                      + " --signal loss" * (arm.ratings == EQ9) + " writes it)")
+    return found
 
 
 def foretell(arms, args, lab):
@@ -326,6 +322,25 @@ def tabulate(results, arms, floor):
             + write_markdown(*differences))
 
 
+def sum_up(results, arms, real):
+    """What the table says of match, in sentences."""
+    match = {arm.name: np.array([row["match"] for row in results if row["arm"] == arm.name])
+             for arm in arms}
+    steps = {row["arm"]: row["steps"] for row in results}
+    rivals = [arm.name for arm in arms if not arm.ratings and not arm.file]
+    chosen = [name for name in match if name not in rivals] or rivals
+    best = max(chosen, key=lambda name: match[name].mean())
+    lines = [f"Best selection: {best}, match {match[best].mean():.0f} % after "
+             f"{steps[best] / steps['full']:.0%} of the steps of full; points against " + ", ".join(
+                 f"{rival} {show_difference(match[best] - match[rival], 1)}" for rival in rivals)]
+    for verdict, words in (("wins", "Better than"), ("tie", "A tie with"), ("loses", "Worse than")):
+        names = [name for name in chosen
+                 if show_difference(match[name] - match["full"], 1).endswith(verdict)]
+        lines += [f"{words} full: {', '.join(names)}"] * bool(names)
+    doubt = "" if real["match"] > 60 else ": it says little here, look at the pictures"
+    return "\n".join([*lines, f"The judge matches {real['match']:.0f} % of real images{doubt}"])
+
+
 def draw_results(path, results, arms):
     """Every seed as a point, the mean as a bar with its 95 % interval."""
     metrics = [name for name in METRICS if name != "score"]
@@ -390,7 +405,8 @@ def main(args, device, arms=ARMS, name="results"):
         draw_results(f"{stem}.png", results, arms)
         draw_samples(f"{stem}-samples.png", samples, lab.test)
     progress.finish()
-    s1.print0(f"\n{table}\nwrote {stem}.csv, .md, .png and {stem}-samples.png")
+    s1.print0(f"\n{table}\n{sum_up(results, arms, real)}\nwrote {stem}.csv, .md, .png; look at "
+              f"{stem}-samples.png first")
 
 
 # ---- standard metrics: FID's Inception-v3, OpenAI's CLIP -------------------------------------
