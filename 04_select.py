@@ -46,7 +46,7 @@ s1 = importlib.import_module("01_proxy")
 s3 = importlib.import_module("03_score")
 
 METHODS = ("topk", "shift-gsample", "gsample", "block", "random")
-RANKINGS = ("rating", "instance", *s3.BASELINES)
+RANKINGS = (*s3.NUMBERS, *s3.BASELINES)
 
 
 # ---- eq. 11 and its rivals -------------------------------------------------------------------
@@ -56,33 +56,25 @@ def log_density(w, drop, mean, std):
 
 
 def draw(log_p, count, rng):
-    """`count` row numbers drawn without replacement with probabilities ~ exp(log_p).
-
-    The Gumbel top-k trick: the `count` largest of log p + Gumbel noise are distributed like draws
-    one after another (Kool et al. 2019, arXiv 1903.06059); log space, so a far tail never
-    underflows.
-    """
-    keys = rng.gumbel(size=len(log_p))
-    keys += log_p
+    """`count` row numbers drawn without replacement with probabilities ~ exp(log_p): where log p +
+    Gumbel noise is largest (Kool et al. 2019, arXiv 1903.06059)."""
+    keys = log_p + rng.gumbel(size=len(log_p))
     return np.argpartition(keys, len(keys) - count)[len(keys) - count:]
 
 
 def select(rating, method, keep, drop=0.25, mean=0.5, std=0.15, seed=0):
-    """Row numbers, ascending, of the pairs to keep, and their positions w_i in the ranking, in the
-    same order.
+    """Row numbers, ascending, of the pairs to keep, and in the same order their w_i.
 
     rating (N,): high is rated high, and equal ones stand in an order drawn by seed. keep: a share
     up to 1, or a count above it. Raises ValueError where fewer pairs are left than shall be kept.
     """
-    count = round(keep * len(rating)) if keep <= 1 else round(keep)
-    rng = np.random.default_rng(seed)
+    count, rng = round(keep * len(rating) if keep <= 1 else keep), np.random.default_rng(seed)
     start = drop if method in ("shift-gsample", "block") else 0.0
     w = np.arange(len(rating)) / max(len(rating), 1)       # of the ranking, best first
     first = np.searchsorted(w, start)
     if not 0 < count <= len(w) - first:
         raise ValueError(f"keep {count} of {len(w)} pairs, but drop {start:g} leaves "
-                         f"{len(w) - first}: "
-                         + ("lower --keep or --drop" if count else "raise --keep"))
+                         f"{len(w) - first}: change --keep or --drop")
     order = rng.permutation(len(rating))
     order = order[np.argsort(-rating[order], kind="stable")]                  # (N,) rows by w
     if method in ("topk", "block"):
@@ -174,7 +166,7 @@ def write_shards(folder, pairs, rows, made, per_shard=10000):
     """Copy the selected pairs, rows ascending, into tars of 10,000 pairs, in one walk through their
     files. Members keep their bytes; a dot in a key is written as %2E, as a key ends at a dot."""
     keys = (pairs.read("key", rows[k:k + 1])[0] for k in range(len(rows)))
-    found = find_files(made, keys)
+    found = find_files(made, keys)                         # one walk
     for number, first in enumerate(range(0, len(rows), per_shard)):
         path, count = Path(folder) / f"{number:06d}.tar", min(per_shard, len(rows) - first)
         with (s1.atomic_file(path, "wb") as whole,
