@@ -223,7 +223,7 @@ TABLES = {"additions": additions, "training": training, "scoring": scoring}
 
 
 def main(argv=None):
-    parser = command_line(__doc__, "out/departures")
+    parser = command_line(__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -312,7 +312,7 @@ QUESTIONS = {"exact": exact, "distance": distance, "validation": validation,
 
 
 def main(argv=None):
-    parser = command_line(__doc__, "out")
+    parser = command_line(__doc__)
     parser.add_argument("questions", nargs="+", choices=QUESTIONS)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
