@@ -1,7 +1,6 @@
 """How fast is the pipeline: every costly part beside its floor, timed in turns.
 
     python tests/bench.py              prints a Markdown table; two minutes on one core
-    python tests/bench.py --quick      the same in seconds, to see that it works
 
 A row times two functions A B A B ..., each sample being as many calls as fill a fifth of a second.
 Shown are median and range of both and of the ratios of neighbours, of which 1 is the best possible.
@@ -30,13 +29,12 @@ SAMPLE_SECONDS = 0.2       # a sample repeats its call until it lasts this long
 
 # ---- timing ----------------------------------------------------------------------------------
 class Row(NamedTuple):
-    """A comparison: two functions, the work units in a call of each, and the highest good ratio."""
+    """A comparison: two functions, and the highest good ratio."""
     what: str
     against: str
     measured: Callable
     floor: Callable
     target: float
-    units: int = 1
 
 
 def seconds(function, calls=1):
@@ -50,16 +48,11 @@ def seconds(function, calls=1):
     return (time.perf_counter() - began) / calls
 
 
-def sampler(function, units=1):
-    """A function that takes one sample: seconds per unit of work. Warms up first."""
+def sampler(function):
+    """A function that takes one sample: seconds of a call. Warms up first."""
     function()
     calls = max(1, round(SAMPLE_SECONDS / seconds(function)))
-    return lambda: seconds(function, calls) / units
-
-
-def take_turns(samplers, repeats):
-    """Samples (repeats, K) of K samplers, A B A B ..."""
-    return np.array([[sample() for sample in samplers] for _ in range(repeats)])
+    return lambda: seconds(function, calls)
 
 
 def show(values, digits="{:.3g}"):
@@ -77,7 +70,7 @@ def show_row(row, samples):
 
 
 # ---- the floor of a training step ------------------------------------------------------------
-def own_products(net, inputs, dtype=torch.float32):
+def own_products(net, inputs):
     """A function that does the matrix products of one training step of `net`, and nothing else;
     and their number of floating-point operations.
 
@@ -88,7 +81,7 @@ def own_products(net, inputs, dtype=torch.float32):
     products = []
 
     def fill(*shape):
-        return torch.randn(shape, device=inputs[0].device, dtype=dtype)
+        return torch.randn(shape, device=inputs[0].device)
 
     def linear(layer, args, out):
         W = layer.weight.flatten(1)
@@ -125,22 +118,19 @@ def draw_pairs(n, device, size=16, split="train"):
     return pairs
 
 
-def trainer(device, pairs, width=64):
-    """A function that trains a fresh proxy for some steps of 64 pairs."""
-    net = new_proxy(device, width=width)
-    return lambda: s1.train(net, pairs, STEPS, 64, 1e-3, 0)
+def repeat(function, times=STEPS):
+    for _ in range(times):
+        function()
 
 
 def proxy_rows(device, pairs):
     x, c = pairs.batch(np.arange(64))
     for width in (64, 256):
-        products, _ = own_products(new_proxy(device, width=width), (x, x[:, 0, 0, 0], c))
-
-        def floor(products=products):
-            for _ in range(STEPS):
-                products()
-        yield Row(f"proxy step of 01 and 05, width {width}", "its matrix products alone",
-                  trainer(device, pairs, width), floor, 1 / 0.7, STEPS)
+        net = new_proxy(device, width=width)
+        products, _ = own_products(net, (x, x[:, 0, 0, 0], c))
+        yield Row(f"{STEPS} proxy steps of 01 and 05, width {width}", "their matrix products alone",
+                  functools.partial(s1.train, net, pairs, STEPS, 64, 1e-3, 0),
+                  functools.partial(repeat, products), 1 / 0.7)
 
 
 def make_nets(device, **sizes):
@@ -177,18 +167,14 @@ def forward_rows(device, pairs):
     @torch.no_grad()
     def forward():
         rater.logits(rater.features(x, c))
-
-    @torch.no_grad()
-    def guided():
-        for _ in range(12):
-            net(both, t, captions)
     return [Row("scoring 512 pairs, 03", "bare rater forward",
                 lambda: s3.score_chunk({"rater": rater}, x, c, companions, None), forward, 1 / 0.9),
             Row(f"features and moments of {len(many):,} images, 05", "features alone",
                 lambda: s5.moments(judge.embed_images(many)[0]),
                 lambda: judge.embed_images(many), 1.05),
             Row("sampling 128 images, 12 steps, 01", "12 bare forwards of 256",
-                lambda: s1.sample(net, c[:128], eps), guided, 1.1)]
+                lambda: s1.sample(net, c[:128], eps),
+                torch.no_grad()(lambda: repeat(lambda: net(both, t, captions), 12)), 1.1)]
 
 
 def selection_row(count):
@@ -250,8 +236,8 @@ def main(args):
     pairs, val = (draw_pairs(4000, device, split=split) for split in ("train", "val"))
     for row in [*proxy_rows(device, pairs), meta_row(device, pairs, val),
                 *forward_rows(device, pairs), selection_row(args.ratings)]:
-        pair = [sampler(function, row.units) for function in (row.measured, row.floor)]
-        show_row(row, take_turns(pair, args.repeats))
+        pair = sampler(row.measured), sampler(row.floor)
+        show_row(row, np.array([[sample() for sample in pair] for _ in range(args.repeats)]))
     if device.type == "cuda":
         print_gpu_rows(device, name)
 
@@ -260,9 +246,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ratings", type=int, default=30_000_000, help="of the selection")
-    parser.add_argument("--quick", action="store_true", help="small and few, to see that it works")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.repeats, arguments.ratings = 2, 1_000_000
-        SAMPLE_SECONDS = 0.02
-    main(arguments)
+    main(parser.parse_args())

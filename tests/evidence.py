@@ -15,8 +15,7 @@ in --out (those of `main` after 03_score.py --baselines) and write out/results-N
 Of the others every seed redraws the corpus and trains its own proxies, rater and downstream models;
 the evaluation pairs and the judge are those of seed 0. "±" is the half-width of a 95 % interval;
 after the semicolon, the paired difference with the baseline named above the table. What is trained
-is kept in --out (delete it to begin anew), and shared. On one core each takes from ten minutes to
-half an hour.
+is kept in --out and shared. On one core each takes from ten minutes to half an hour.
 """
 import argparse
 import contextlib
@@ -169,12 +168,7 @@ class Lab:
     def judged(self, corpus):
         """Of seed 0: settings, the pairs to evaluate on, and their judge."""
         settings, test = self.settings(corpus, 0), self.data(corpus, 0)[2]
-        judged, rows = common.open_judge(settings, test), np.arange(min(s5.DRAWN, len(test)))
-        real = s5.judge_images(judged[0], test.batch(rows)[0], test.read("caption", rows),
-                               judged[1])
-        print(f"{corpus}: real images have score {real['score']:.1f}, match {real['match']:.0f} %",
-              file=sys.stderr, flush=True)
-        return settings, test, judged
+        return settings, test, common.open_judge(settings, test)
 
     def warm(self, name, settings, pairs):
         """Weights of the reference after eq. 4 on `pairs`."""
@@ -392,8 +386,7 @@ def models(lab, seeds):
 # ---- (e) another corpus ----------------------------------------------------------------------
 def corpora(lab, seeds):
     """Random and chosen pairs of both corpora, at half and at a fifth."""
-    print("Of the metrics, the difference with random at the same retention; how well the judge "
-          "knows each corpus is printed to stderr (match of real images)\n")
+    print("Of the metrics, the difference with random at the same retention\n")
     head("corpus", "selection", "composition", *METRICS)
     for corpus in CORPORA:
         for share in ("50%", "20%"):

@@ -1,10 +1,10 @@
 """The drawings of README, claims and lecture that are no stage's.
 
-    python tests/figures.py --out out        after stages 1 and 2; writes pipeline.png, eq6.png,
+    python tests/figures.py --out out        after stages 1 to 3; writes pipeline.png, eq6.png,
                                              apart.png (of the tables in .assets/evidence.md),
                                              example.png, whose table it prints for the lecture,
                                              rater.png and rater-tau0.png (two raters learn);
-                                             after stage 3 with both signals bells.png;
+                                             bells.png of both signals;
                                              and real.png, the README's first picture, where --out
                                              holds stages 1 to 3 of pairs with planted dirt
 """
@@ -126,16 +126,16 @@ def draw_eq6(path, nets, pairs):
     s3.save_figure(figure, path)
 
 
-def draw_bells(path, tables):
+def draw_bells(path, strata, ratings):
     """Both rankings by stratum, the bell of eq. 11 over each, and what it and Top-K keep of them.
 
-    tables: {equation: what stage 3 wrote for its signal}.
+    ratings: {equation: rating (N,) under its signal}.
     """
     figure, axes = plt.subplots(1, 2, figsize=(13, 6.6), sharey=True)
-    for axis, (equation, table) in zip(axes, tables.items()):
-        draw_strata(axis, 100 * s3.places(table["rating"]), table["stratum"])
+    for axis, (equation, rating) in zip(axes, ratings.items()):
+        draw_strata(axis, 100 * s3.places(rating), strata)
         draw_bell(axis)
-        shares = describe_halves(table)
+        shares = describe_halves(rating, strata)
         axis.set_title(f"ranking by {equation}; informative:\n{shares}", fontsize=18)
         print(f"bells.png, ranking by {equation}; informative: {shares}")
     axes[0].set_ylabel("pairs, %", fontsize=17)
@@ -146,12 +146,12 @@ def draw_bells(path, tables):
     s3.save_figure(figure, path)
 
 
-def describe_halves(table):
+def describe_halves(rating, strata):
     """How much of the half that Top-K and Shift-Gsample keep is informative, in words."""
     found = []
     for rule, method in (("Top-K's half", "topk"), ("the bell's", "shift-gsample")):
-        rows, _ = s4.select(table["rating"], method, 0.5)
-        found.append(f"{100 * np.mean(table['stratum'][rows] == 'informative'):.0f} % of {rule}")
+        rows, _ = s4.select(rating, method, 0.5)
+        found.append(f"{100 * np.mean(strata[rows] == 'informative'):.0f} % of {rule}")
     return ", ".join(found)
 
 
@@ -361,13 +361,9 @@ def draw_rater(path, settings, weights, pairs, val, flags):
 def main(argv=None):
     out = Path(s1.parse(argv, __doc__).out)
     settings, weights = s1.load(out / "proxy.pt", "01_proxy.py")
-    pairs, ratings = s1.open_pairs(out / "pairs"), {}
-    for equation, stem in (("eq. 6", s5.EQ6), ("eq. 9", s5.EQ9)):
-        if (out / f"{stem}.npy").exists():
-            table = np.load(out / f"{stem}.npy")
-            ratings[equation] = {"rating": table["rating"], "stratum": pairs.strata()}
+    pairs, val = (s1.open_pairs(out / "pairs", split) for split in ("train", "val"))
     if settings.plant:
-        return draw_real(out / "real.png", pairs, ratings["eq. 6"]["rating"])
+        return draw_real(out / "real.png", pairs, np.load(out / "ratings.npy")["rating"])
     if not set(LOOKS) <= {*pairs.strata()}:
         raise SystemExit(f"{out}/proxy.pt is of other pairs than the toy, whose kinds are drawn: "
                          "name the --out of a run without --data")
@@ -378,11 +374,11 @@ def main(argv=None):
     example = work_example(nets, pairs, group_size)
     print_example(pairs, *example)
     draw_example(out / "example.png", pairs, *example)
-    val = s1.open_pairs(out / "pairs", "val")
     for name, flags in (("rater", []), ("rater-tau0", ["--tau", "0"])):
         draw_rater(out / f"{name}.png", settings, weights, pairs, val, flags)
-    if len(ratings) == 2:
-        draw_bells(out / "bells.png", ratings)
+    draw_bells(out / "bells.png", pairs.strata(), {
+        equation: np.load(out / f"{stem}.npy")["rating"]
+        for equation, stem in (("eq. 6", s5.EQ6), ("eq. 9", s5.EQ9))})
 
 
 if __name__ == "__main__":
