@@ -14,7 +14,6 @@ import departures
 import figures
 import meta_gradient as meta
 import real
-import scale
 from conftest import ROOT
 
 LECTURE = (ROOT / ".assets/lecture.md").read_text()
