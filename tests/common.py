@@ -140,11 +140,10 @@ def print_table(columns, rows):
         show(*row)
 
 
-def command_line(doc, out, seeds=3):
+def command_line(doc):
     """The options that the scripts share."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=seeds, help="paired repetitions")
-    parser.add_argument("--out", default=out, help="folder of the results")
+    parser.add_argument("--seeds", type=int, default=3, help="paired repetitions")
     parser.add_argument("--smoke", action="store_true", help="tiny run, to see that it works")
     return parser
 

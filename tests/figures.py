@@ -1,16 +1,13 @@
-"""The drawings of README and lecture that are no stage's: pipeline, eq. 6, bells, steps, retention.
+"""The drawings of README, claims and lecture that are no stage's.
 
-    python tests/figures.py --out out        after stages 1 and 2; writes pipeline.png, eq6.png,
-                                             apart.png (of the tables in .assets/evidence.md) and
+    python tests/figures.py --out out        after stages 1 to 3; writes pipeline.png, eq6.png,
+                                             apart.png (of the tables in .assets/evidence.md),
                                              example.png, whose table it prints for the lecture,
                                              rater.png and rater-tau0.png (two raters learn);
-                                             after stage 3 dynamics.png (a warm-up by rating), and
-                                             with both signals bells.png;
-                                             after evidence.py retention retention.png;
+                                             bells.png of both signals;
                                              and real.png, the README's first picture, where --out
                                              holds stages 1 to 3 of pairs with planted dirt
 """
-import csv
 import re
 import textwrap
 from pathlib import Path
@@ -23,7 +20,7 @@ from matplotlib import pyplot as plt
 from common import CPU, Watched, areas, print_table, s1, s2, s3, s4, s5, start_nets
 
 ASSETS = Path(__file__).resolve().parent.parent / ".assets"
-BLUE, RED, GREY = "#0072B2", "#C03000", "0.35"
+RED, GREY = "#C03000", "0.35"
 LOOKS = {                  # stratum: its name in a drawing, mark and hatch, which show in grey, too
     "informative": ("informative", "o", ""), "plain": ("plain", "s", ".."),
     "chaotic-noise": ("noise", "^", "//"), "chaotic-caption": ("wrong caption", "X", "xx")}
@@ -129,16 +126,16 @@ def draw_eq6(path, nets, pairs):
     s3.save_figure(figure, path)
 
 
-def draw_bells(path, tables):
+def draw_bells(path, strata, ratings):
     """Both rankings by stratum, the bell of eq. 11 over each, and what it and Top-K keep of them.
 
-    tables: {equation: what stage 3 wrote for its signal}.
+    ratings: {equation: rating (N,) under its signal}.
     """
     figure, axes = plt.subplots(1, 2, figsize=(13, 6.6), sharey=True)
-    for axis, (equation, table) in zip(axes, tables.items()):
-        draw_strata(axis, 100 * s3.places(table["rating"]), table["stratum"])
+    for axis, (equation, rating) in zip(axes, ratings.items()):
+        draw_strata(axis, 100 * s3.places(rating), strata)
         draw_bell(axis)
-        shares = describe_halves(table)
+        shares = describe_halves(rating, strata)
         axis.set_title(f"ranking by {equation}; informative:\n{shares}", fontsize=18)
         print(f"bells.png, ranking by {equation}; informative: {shares}")
     axes[0].set_ylabel("pairs, %", fontsize=17)
@@ -149,12 +146,12 @@ def draw_bells(path, tables):
     s3.save_figure(figure, path)
 
 
-def describe_halves(table):
+def describe_halves(rating, strata):
     """How much of the half that Top-K and Shift-Gsample keep is informative, in words."""
     found = []
     for rule, method in (("Top-K's half", "topk"), ("the bell's", "shift-gsample")):
-        rows, _ = s4.select(table["rating"], method, 0.5)
-        found.append(f"{100 * np.mean(table['stratum'][rows] == 'informative'):.0f} % of {rule}")
+        rows, _ = s4.select(rating, method, 0.5)
+        found.append(f"{100 * np.mean(strata[rows] == 'informative'):.0f} % of {rule}")
     return ", ".join(found)
 
 
@@ -300,38 +297,6 @@ def draw_example(path, pairs, rows, numbers):
     s3.save_figure(figure, path)
 
 
-def draw_retention(path, table):
-    """Held-out loss, distance and match against the share that is kept (the paper's Fig. 1)."""
-    with open(table, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    kinds = {"random": "0.6", "eq. 6, Top-K": BLUE, "eq. 9, Shift-Gsample": "#D55E00"}
-    full = [row for row in rows if row["arm"] == "full"]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
-    for axis, metric in zip(axes, ("held-out", "distance", "match")):
-        for (kind, colour), mark in zip(kinds.items(), "sov"):
-            shares = sorted({int(row["arm"].split()[-1][:-1]) for row in rows
-                             if row["arm"].startswith(kind)})
-            values = [[float(row[metric]) for row in rows if row["arm"] == f"{kind} {share}%"]
-                      for share in shares]
-            means, halves = np.transpose([s5.interval(column) for column in values])
-            axis.errorbar(shares, means, np.nan_to_num(halves), marker=mark, color=colour,
-                          label=kind, capsize=2, markersize=4)
-            axis.plot(shares, values, ".", color=colour, alpha=0.7, markersize=4)
-        everything = [float(row[metric]) for row in full]
-        axis.errorbar(100, *s5.interval(everything), marker="D", color="black", capsize=2,
-                      label="full", linestyle="", markersize=4)
-        axis.plot([100] * len(full), everything, ".", color="black", alpha=0.7, markersize=4)
-        axis.set(xlabel="share of the corpus, %", xticks=[10, 20, 30, 40, 50, 100],
-                 ylabel=f"{metric} ({'more' if metric == 'match' else 'less'} is better)")
-        axis.grid(alpha=0.3)
-    axes[1].set_yscale("log")
-    axes[1].set_yticks([3, 10, 30, 100], ["3", "10", "30", "100"])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=10,
-                  bbox_to_anchor=(0.5, 0.98), frameon=False)
-    figure.tight_layout()
-    s3.save_figure(figure, path)
-
-
 NAMES = {"informative": "right pair", "planted-plain": "plain", "planted-noise": "noise",
          "planted-caption": "wrong caption"}
 
@@ -362,7 +327,7 @@ def draw_real(path, pairs, rating):
     s3.save_figure(figure, path)
 
 
-# ---- how a rater learns, and a warm-up by rating ----------------------------------------------
+# ---- how a rater learns ----------------------------------------------------------------------
 def draw_rater(path, settings, weights, pairs, val, flags):
     """Logits of 512 pairs by stratum over a run of stage 2, and the health of its weights."""
     probe, seen = pairs.take(np.arange(min(512, len(pairs)))), {}
@@ -393,52 +358,12 @@ def draw_rater(path, settings, weights, pairs, val, flags):
     s3.save_figure(figure, path)
 
 
-def probe_dynamics(proxy, pairs, rows, draws, seed):
-    """Mean loss and gradient norm of `draws` batches from the corpus rows of one band."""
-    values = []
-    for k in range(draws):
-        x, c = pairs.batch(np.random.default_rng([seed, k]).choice(rows, min(32, len(rows)), False))
-        noise = s1.draw_noise(x, s1.seeded("cpu", seed, "dynamics", k))
-        loss = s1.flow_loss(proxy, x, c, *noise).mean()
-        grads = torch.autograd.grad(loss, list(proxy.parameters()))
-        values.append((loss.item(), torch.cat([g.flatten() for g in grads]).norm().item()))
-    return np.mean(values, 0)
-
-
-def draw_dynamics(path, settings, pairs, rating):
-    """Loss and gradient norm by rating band while the proxy warms up (the paper's Fig. 3)."""
-    (figure, axes), draws = plt.subplots(1, 2, figsize=(10, 3)), 2 if settings.smoke else 16
-    bands = np.array_split(np.argsort(-rating, kind="stable"), s3.BANDS)
-    middles = (np.arange(s3.BANDS) + 0.5) * 100 / s3.BANDS
-    points = sorted({max(1, round(share * settings.steps)) for share in (0.05, 0.2, 0.5, 1)})
-
-    def after(step):
-        if step in points:
-            table = np.array([probe_dynamics(proxy, pairs, rows, draws, settings.seed)
-                              for rows in bands])                             # (BANDS, 2)
-            for axis, values in zip(axes, table.T):
-                axis.plot(middles, values, "o-", label=f"step {step}", markersize=4,
-                          color=plt.cm.viridis(points.index(step) / len(points)))
-    torch.manual_seed(settings.seed)
-    proxy = s1.build_proxy(settings, CPU)
-    s1.train(proxy, pairs, settings.steps, settings.batch_size, settings.lr, settings.seed,
-             progress=Watched(after))
-    for axis, label in zip(axes, ("loss", "gradient norm of 32 pairs")):
-        axis.set(xlabel="percentile (0 = highest rating)", ylabel=label, ylim=(0, None))
-        s3.legend_above(axis)
-    s3.save_figure(figure, path)
-
-
 def main(argv=None):
     out = Path(s1.parse(argv, __doc__).out)
     settings, weights = s1.load(out / "proxy.pt", "01_proxy.py")
-    pairs, ratings = s1.open_pairs(out / "pairs"), {}
-    for equation, stem in (("eq. 6", s5.EQ6), ("eq. 9", s5.EQ9)):
-        if (out / f"{stem}.npy").exists():
-            table = np.load(out / f"{stem}.npy")
-            ratings[equation] = {"rating": table["rating"], "stratum": pairs.strata()}
+    pairs, val = (s1.open_pairs(out / "pairs", split) for split in ("train", "val"))
     if settings.plant:
-        return draw_real(out / "real.png", pairs, ratings["eq. 6"]["rating"])
+        return draw_real(out / "real.png", pairs, np.load(out / "ratings.npy")["rating"])
     if not set(LOOKS) <= {*pairs.strata()}:
         raise SystemExit(f"{out}/proxy.pt is of other pairs than the toy, whose kinds are drawn: "
                          "name the --out of a run without --data")
@@ -449,15 +374,11 @@ def main(argv=None):
     example = work_example(nets, pairs, group_size)
     print_example(pairs, *example)
     draw_example(out / "example.png", pairs, *example)
-    val = s1.open_pairs(out / "pairs", "val")
     for name, flags in (("rater", []), ("rater-tau0", ["--tau", "0"])):
         draw_rater(out / f"{name}.png", settings, weights, pairs, val, flags)
-    if "eq. 6" in ratings:
-        draw_dynamics(out / "dynamics.png", settings, pairs, ratings["eq. 6"]["rating"])
-    if len(ratings) == 2:
-        draw_bells(out / "bells.png", ratings)
-    if (out / "results-retention.csv").exists():
-        draw_retention(out / "retention.png", out / "results-retention.csv")
+    draw_bells(out / "bells.png", pairs.strata(), {
+        equation: np.load(out / f"{stem}.npy")["rating"]
+        for equation, stem in (("eq. 6", s5.EQ6), ("eq. 9", s5.EQ9))})
 
 
 if __name__ == "__main__":

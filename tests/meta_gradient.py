@@ -4,32 +4,29 @@
                  steps, with one noise for both proxies and with two; does eq. 9; what does the
                  exact gradient cost in time and memory?
     distance     how many steps after theta and theta_hat parted does the difference find which
-                 stratum, and would one step's inner product <grad L_i, g_val> do? Does it matter
-                 that eq. 5 trains theta on training pairs too? (RHO-LOSS, 2206.07137, does not)
+                 stratum, and would one step's inner product <grad L_i, g_val> do?
     validation   how many trusted pairs does eq. 6 need, and how clean have they to be?
-    diversity    purity and coverage of what every rule selects, and the model trained on it
+    diversity    purity and coverage of what every rule selects
 
-    python tests/meta_gradient.py exact distance --seeds 5         twelve minutes, one thread
-    python tests/meta_gradient.py validation diversity --seeds 3   forty minutes, one thread
+    python tests/meta_gradient.py exact distance --seeds 5         ten minutes, one thread
+    python tests/meta_gradient.py validation diversity --seeds 3   a quarter of an hour
 
-A seed redraws everything: the toy corpus, the warm proxy, the rater, the downstream model. Prints
-Markdown tables, mean and 95 % interval (Student's t) over seeds; figures into --out. AUC = P(an
-informative pair is rated above one of the other stratum).
+A seed redraws everything: the toy corpus, the warm proxy, the rater. Prints Markdown tables, mean
+and 95 % interval (Student's t) over seeds. AUC = P(an informative pair is rated above one of the
+other stratum).
 """
 import copy
 import functools
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import (RULES, areas, cell, collect, command_line, open_judge, print_table, ruled, s1,
-                    s2, s3, s4, s5, spearman, start_nets, train_arm, train_proxy, warm_up)
+from common import (RULES, areas, cell, collect, command_line, print_table, ruled, s1, s2, s4, s5,
+                    spearman, start_nets, warm_up)
 
 OTHERS = ("chaotic-caption", "chaotic-noise", "plain")     # the strata in the order of the tables
 LEVELS = (0.4, 0.6, 0.8, 0.95)                             # t of the loss that is looked at
@@ -51,6 +48,27 @@ def saved_megabytes(function):
     return sum(storages.values()) / 1e6
 
 
+def exact_meta_gradient(proxy, train, val, W, beta, steps):
+    """dL_val / dW_i (B,) through `steps` unrolled gradient steps of eq. 3: what eq. 6 approximates.
+
+    train and val are (x, c, t, eps). Keeps one graph per step in memory, and needs second
+    derivatives, which fused attention does not have on the CPU.
+    """
+    W = W.detach().requires_grad_()                                           # (B,)
+    params = {name: p.detach().requires_grad_() for name, p in proxy.named_parameters()
+              if p.requires_grad}
+    with sdpa_kernel(SDPBackend.MATH):
+        for _ in range(steps):
+            def net(*inputs, params=params):
+                return functional_call(proxy, params, inputs)
+            loss = (W * s1.flow_loss(net, *train)).sum()                      # eq. 3
+            grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            params = {name: p - beta * g for (name, p), g in zip(params.items(), grads)}
+        L_val = s1.flow_loss(                                                 # eq. 2
+            lambda *inputs: functional_call(proxy, params, inputs), *val).mean()
+        return torch.autograd.grad(L_val, W)[0]
+
+
 def part_by_descent(proxy, train, val, W, beta, steps):
     """theta and theta_hat after `steps` plain gradient steps of eq. 5 from one point."""
     nets = copy.deepcopy(proxy), copy.deepcopy(proxy)
@@ -70,7 +88,7 @@ def compare_gradients(proxy, train, val, other, beta, steps):
     the exact gradient over those of eq. 6. `other`: the training pairs under a second noise."""
     W = torch.full((len(train[0]),), 1 / len(train[0]))                       # (B,)
     start = time.process_time()
-    exact = s2.exact_meta_gradient(proxy, train, val, W, beta, steps)    # (B,)
+    exact = exact_meta_gradient(proxy, train, val, W, beta, steps)    # (B,)
     middle = time.process_time()
     theta, hat = part_by_descent(proxy, train, val, W, beta, steps)
     with torch.no_grad():
@@ -98,13 +116,11 @@ def exact(args):
         batches = draw_pairs(seed, args.smoke)
         for steps in UNROLLED:
             for beta in BETAS:
-                numbers = compare_gradients(*batches, beta, steps)
-                found.setdefault((steps, beta), []).append(numbers)
-                s1.print0(f"seed {seed}  K {steps}  beta {beta}  " + "  ".join(
-                    f"{number:.3f}" for number in numbers))
+                found.setdefault((steps, beta), []).append(
+                    compare_gradients(*batches, beta, steps))
     batch = (*batches[:3], torch.full((64,), 1 / 64), 0.01)
     one_step = saved_megabytes(lambda: part_by_descent(*batch, 1))
-    memory = {steps: saved_megabytes(lambda: s2.exact_meta_gradient(*batch, steps))
+    memory = {steps: saved_megabytes(lambda: exact_meta_gradient(*batch, steps))
               for steps in UNROLLED}
     rows = [[steps, beta, *(cell(column, 3) for column in np.transpose(numbers)[:3]),
              cell(np.transpose(numbers)[3], 1), f"{memory[steps]:.0f}"]
@@ -120,8 +136,8 @@ PER_STRATUM = 400                                          # pairs looked at, al
 
 
 def part_by_adamw(nets, pairs, val, seed, args, after):
-    """Eq. 5 with W_i = 1 / B: `proxy` on validation and training pairs, `ref` on training pairs,
-    `alone` on validation pairs only. The settings are those of stage 2, the rater is left out."""
+    """Eq. 5 with W_i = 1 / B: `proxy` on validation and training pairs, `ref` on training pairs.
+    The settings are those of stage 2, the rater is left out."""
     opts = {name: s1.adamw(net, args.lr) for name, net in nets.items()}
     batches = (s1.draw_batches(len(split), args.batch_size, seed, 0, max(APART))
                for split in (pairs, val))
@@ -130,7 +146,7 @@ def part_by_adamw(nets, pairs, val, seed, args, after):
         rng = s1.seeded("cpu", seed, "part", k)
         train = x, c, *s1.draw_noise(x, rng, s1.T_SHIFT)
         trusted = x_val, c_val, *s1.draw_noise(x_val, rng)
-        for name, parts in (("proxy", (trusted, train)), ("ref", (train,)), ("alone", (trusted,))):
+        for name, parts in (("proxy", (trusted, train)), ("ref", (train,))):
             loss = sum(s1.flow_loss(nets[name], *part).mean() for part in parts)
             s1.descend(loss, nets[name], opts[name])
         after(k)
@@ -179,87 +195,27 @@ def compare_inner_products(proxy, val, x, c, eps, strata, seed):
     return found
 
 
-@torch.no_grad()
-def compare_holdouts(nets, x, c, strata, seed):
-    """{theta's name: AUC (3,) and of plain over both chaotic ones} of the mean of 8 draws."""
-    found, chaotic = {}, np.char.startswith(strata, "chaotic")
-    for name in THETAS:
-        parts = [s3.baselines(nets[name], nets["ref"], *part, s1.seeded(
-            "cpu", seed, "holdout", k))[1] for k, part in enumerate(zip(x.split(PART),
-                                                                        c.split(PART)))]
-        rating = -torch.cat(parts).numpy()
-        found[name] = [*areas(rating, strata, OTHERS),
-                       s3.auc(rating[strata == "plain"], rating[chaotic])]
-    return found
-
-
 def measure_distance(seed, smoke):
-    """Of one seed: AUC (steps, levels, 3), of inner products (levels, 3), by kind of theta."""
-    settings, (pairs, val, _), proxy = warm_up(seed, smoke)
-    args = s2.parse_args(["--smoke"] * smoke)
+    """Of one seed: AUC of inner products, then at every step of APART (1 + steps, levels, 3)."""
+    _, (pairs, val, _), proxy = warm_up(seed, smoke)
     x, c, eps, strata = choose_pairs(pairs, seed)
-    nets, curve = {name: copy.deepcopy(proxy) for name in ("proxy", "ref", "alone")}, []
+    nets = {name: copy.deepcopy(proxy) for name in ("proxy", "ref")}
+    curve = [compare_inner_products(proxy, val, x, c, eps, strata, seed)]
 
     def after(k):
         if k in APART:
             curve.append(compare_losses(nets, x, c, eps, strata))
-            s1.print0(f"seed {seed}  {k:3d} steps apart, t = {LEVELS[2]}: "
-                      f"{np.round(curve[-1][2], 3)}")
-    inner = compare_inner_products(proxy, val, x, c, eps, strata, seed)
-    part_by_adamw(nets, pairs, val, seed, args, after)
-    nets["scratch"] = train_proxy(settings, val)           # RHO-LOSS's own holdout model
-    return curve, inner, compare_holdouts(nets, x, c, strata, seed)
-
-
-THETAS = {"proxy": "validation and training pairs (eq. 5)", "alone": "validation pairs alone",
-          "scratch": "validation pairs alone, from scratch (RHO-LOSS)"}
+    part_by_adamw(nets, pairs, val, seed, s2.parse_args(["--smoke"] * smoke), after)
+    return curve
 
 
 def distance(args):
-    """A table per stratum, a figure, and a table by what theta was trained on."""
-    curves, inner, holdouts = zip(*(measure_distance(seed, args.smoke)
-                                    for seed in range(args.seeds)))
-    curves, inner = np.array(curves), np.array(inner)      # (seeds, steps, levels, 3), (s., l., 3)
+    """A table per stratum, of which tests/figures.py draws apart.png."""
+    curves = np.array([measure_distance(seed, args.smoke) for seed in range(args.seeds)])
     for k, other in enumerate(OTHERS):
-        rows = [["inner product at 0", *(cell(v, 3) for v in inner[:, :, k].T)]]
-        rows += [[step, *(cell(v, 3) for v in curves[:, place, :, k].T)]
-                 for place, step in enumerate(APART)]
+        rows = [[step, *(cell(v, 3) for v in curves[:, place, :, k].T)]
+                for place, step in enumerate(["inner product at 0", *APART])]
         print_table([f"over {other}, steps apart", *(f"t = {t}" for t in LEVELS)], rows)
-    found = {name: np.array([h[name] for h in holdouts]) for name in THETAS}  # (seeds, 4)
-    rows = [[words, *(cell(v, 3) for v in found[name].T)] for name, words in THETAS.items()]
-    rows += [[f"{THETAS[name]}, minus eq. 5",
-              *(cell(v, 3) for v in (found[name] - found["proxy"]).T)]
-             for name in ("alone", "scratch")]
-    print_table(["theta trained on", *(f"over {other}" for other in OTHERS), "plain over chaotic"],
-                rows)
-    draw_distance(Path(args.out) / "distance.png", curves, inner)
-
-
-def draw_distance(path, curves, inner):
-    """AUC against steps apart, a curve per noise level; the inner product as open marks."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), sharey=True)
-    for k, (axis, title) in enumerate(zip(axes, ("wrong caption", "noise", "plain"))):
-        axis.axhline(0.5, color="0.6", linewidth=1)
-        for level, t in enumerate(LEVELS):
-            colour = plt.cm.viridis(level / len(LEVELS))
-            mean, half = np.transpose([s5.interval(v) for v in curves[:, :, level, k].T])
-            axis.plot(APART, mean, "o-", color=colour, label=f"t = {t}", linewidth=2)
-            axis.fill_between(APART, mean - half, (mean + half).clip(max=1), color=colour,
-                              alpha=0.08)
-            mean, half = s5.interval(inner[:, level, k])
-            axis.errorbar(0.35 * 1.2 ** level, mean, half, fmt="D", color=colour, capsize=3,
-                          markerfacecolor="white", markersize=8)
-        axis.set_xscale("log")
-        axis.set_xticks([0.46, 1, 10, 100, 400], ["inner\nproduct", "1", "10", "100", "400"])
-        axis.minorticks_off()
-        axis.set_title(f"informative over {title}", fontsize=15)
-        axis.set_xlabel("steps since theta and theta_hat parted", fontsize=13)
-        axis.tick_params(labelsize=12)
-        axis.set_ylim(0, 1.03)
-    axes[0].set_ylabel("AUC of one draw (0.5 = chance)", fontsize=13)
-    axes[0].legend(fontsize=12, frameon=False)
-    figure.tight_layout()
-    s3.save_figure(figure, path)
 
 
 # ---- validation: what the trusted pairs may be -----------------------------------------------
@@ -284,11 +240,10 @@ def spoil(val, settings, count, plain, wrong):
 
 
 @functools.lru_cache(maxsize=None)
-def rate(seed, smoke, signal="difference", trusted=next(iter(TRUSTED))):
+def rate(seed, smoke, trusted=next(iter(TRUSTED))):
     """Logits (N,) of the training pairs after stage 2, with these validation pairs."""
     settings, (pairs, val, _), proxy = warm_up(seed, smoke)
-    args, nets = s2.parse_args(["--signal", signal] + ["--smoke"] * smoke), start_nets(
-        settings, proxy.state_dict())
+    args, nets = s2.parse_args(["--smoke"] * smoke), start_nets(settings, proxy.state_dict())
     s2.learn(nets, pairs, spoil(val, settings, *TRUSTED[trusted]), args, seed, s1.Progress())
     with torch.no_grad():
         return nets["rater"].logits(nets["rater"].features(*pairs.batch())).numpy()
@@ -298,32 +253,20 @@ def validation(args):
     """A table: a row per kind of validation set."""
     rows = []
     for name in TRUSTED:
-        numbers, deciles = [], []
+        numbers = []
         for seed in range(args.seeds):
             strata = warm_up(seed, args.smoke)[1][0].strata()
-            rating = rate(seed, args.smoke, trusted=name)
-            good = strata[np.argsort(-rating)] == "informative"
-            numbers.append([*areas(rating, strata, OTHERS), 100 * good[:len(good) // 2].mean()])
-            deciles.append([100 * part.mean() for part in np.array_split(good, 10)])
-        numbers = np.transpose(numbers)
-        rows.append([name, *(cell(v, 3) for v in numbers[:3]), cell(numbers[3], 1),
-                     " ".join(f"{share:.0f}" for share in np.mean(deciles, 0))])
-        s1.print0(*rows[-1])
+            rating = rate(seed, args.smoke, name)
+            half = strata[np.argsort(-rating)[:len(rating) // 2]]
+            numbers.append([*areas(rating, strata, OTHERS), np.mean(half == "informative")])
+        rows.append([name, *(cell(v, 3) for v in np.transpose(numbers))])
     print_table(["validation pairs", *(f"over {other}" for other in OTHERS),
-                 "% informative in the top half", "in every tenth, best first"], rows)
+                 "informative in the top half"], rows)
 
 
 # ---- diversity: purity and coverage of a selection -------------------------------------------
-KEEP = (0.1, 0.2, 0.3, 0.5)
-SIGNALS = {"eq. 6": "difference", "eq. 9": "loss"}
-MARKERS = {"random": "s", "Top-K": "^", "Block": "v", "Gsample": "o", "Shift-Gsample": "D"}
-
-
-def list_selections():
-    """(signal's name or '', rule, Arm of stage 5) of everything that is compared."""
-    chosen = [("", "random", s5.Arm(f"random {keep:.0%}", keep=keep)) for keep in KEEP]
-    return chosen + [(label, rule, ruled(label, rule, keep))
-                     for label in SIGNALS for rule in RULES for keep in KEEP]
+ARMS = [arm for keep in (0.2, 0.5) for arm in (
+    s5.Arm(f"random {keep:.0%}", keep=keep), *(ruled("eq. 6", rule, keep) for rule in RULES))]
 
 
 def count_combinations(captions):
@@ -350,54 +293,18 @@ def describe_rows(pairs, rows, seed):
             count_combinations(captions[alike])[1])
 
 
-def measure_selections(seed, args):
-    """Per selection: the four numbers of describe_rows, held-out loss and match of one model."""
-    settings, (pairs, _, test), _ = warm_up(seed, args.smoke)
-    flags = s5.parse_args(["--smoke"] * args.smoke)
-    judged, found = open_judge(settings, test), []
-    for label, _, arm in list_selections():
-        rating = rate(seed, args.smoke, SIGNALS[label]) if label else np.zeros(len(pairs))
-        rows, _ = s4.select(rating, arm.method, arm.keep, seed=seed, **arm.settings)
-        result = train_arm(settings, pairs, test, judged, arm.name, rows, seed, flags)
-        found.append([*describe_rows(pairs, rows, seed), result["held-out"], result["match"]])
-        s1.print0(f"seed {seed}  {arm.name:28}", *(f"{v:.3f}" for v in found[-1]))
-    return found
-
-
 def diversity(args):
-    """A table, a row per selection, and the figure."""
-    found = np.array([measure_selections(seed, args) for seed in range(args.seeds)])
-    arms = [arm for _, _, arm in list_selections()]                           # random ones first
-    rows = [[arm.name, *(cell(100 * v, 0) for v in numbers[:4]), cell(numbers[4], 3),
-             cell(numbers[5], 1), cell(numbers[5] - found[:, KEEP.index(arm.keep), 5], 1)]
-            for arm, numbers in zip(arms, found.transpose(1, 2, 0))]
+    """A table, a row per selection."""
+    found = {arm.name: [] for arm in ARMS}
+    for seed in range(args.seeds):
+        pairs, rating = warm_up(seed, args.smoke)[1][0], rate(seed, args.smoke)
+        for arm in ARMS:
+            rows, _ = s4.select(rating, arm.method, arm.keep, seed=seed, **arm.settings)
+            found[arm.name].append(describe_rows(pairs, rows, seed))
     print_table(["selection", "informative, %", "combinations present, %", "effective number, %",
-                 "of as many random ones, %", "held-out", "match, %", "match minus random"], rows)
-    draw_diversity(Path(args.out) / "diversity.png", found.mean(0))
-
-
-def draw_diversity(path, found):
-    """Effective number of combinations against purity, coloured by the trained model's match."""
-    figure, axes = plt.subplots(1, len(KEEP), figsize=(13, 4.2), sharex=True, sharey=True)
-    for (label, rule, arm), (pure, _, effective, _, _, match) in zip(list_selections(), found):
-        axis = axes[KEEP.index(arm.keep)]
-        marks = axis.scatter(100 * pure, 100 * effective, c=match, cmap="viridis", s=130,
-                             vmin=0, vmax=100, marker=MARKERS[rule], linewidth=2.5, edgecolor={
-                                 "": "0.6", "eq. 6": "#0072B2", "eq. 9": "#D55E00"}[label])
-        axis.set_title(f"{arm.keep:.0%} kept", fontsize=14)
-        axis.set_xlabel("informative pairs, %", fontsize=12)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("effective number of\ncombinations, % of 72", fontsize=12)
-    for rule, marker in MARKERS.items():
-        axes[0].plot([], [], marker, color="0.3", label=rule, markersize=8)
-    for label, colour in (("eq. 6", "#0072B2"), ("eq. 9", "#D55E00"), ("no rating", "0.6")):
-        axes[0].plot([], [], "o", markerfacecolor="white", markeredgecolor=colour, label=label,
-                     markeredgewidth=2.5, markersize=8)
-    figure.legend(*axes[0].get_legend_handles_labels(), ncol=8, loc="lower center", fontsize=11,
-                  bbox_to_anchor=(0.5, 0.97), frameon=False)
-    figure.tight_layout()
-    figure.colorbar(marks, ax=axes, label="match of the trained model, %", pad=0.01)
-    s3.save_figure(figure, path)
+                 "of as many random ones, %"],
+                [[name, *(cell(100 * v, 0) for v in np.transpose(numbers))]
+                 for name, numbers in found.items()])
 
 
 QUESTIONS = {"exact": exact, "distance": distance, "validation": validation,
@@ -405,11 +312,10 @@ QUESTIONS = {"exact": exact, "distance": distance, "validation": validation,
 
 
 def main(argv=None):
-    parser = command_line(__doc__, "out")
+    parser = command_line(__doc__)
     parser.add_argument("questions", nargs="+", choices=QUESTIONS)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     for question in args.questions:
         QUESTIONS[question](args)
 
