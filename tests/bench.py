@@ -201,7 +201,7 @@ def gpu_stages(device, width, batch, bf16, size=64, depth=12):
     x, c = pairs.batch(np.arange(8))
     operations = own_products(nets["proxy"], (x, x[:, 0, 0, 0], c))[1] * batch / 8   # of training
     companions = s3.draw_companions(nets["rater"], s2.GROUP, pairs, 0)
-    score = functools.partial(s3.score_chunk, {**nets, "contrast": s2.Contrast(size, 8).to(device)})
+    score = functools.partial(s3.score_chunk, nets)
     return {"01, 05": (lambda: s1.train(nets["proxy"], pairs, 1, batch, 1e-4, 0), operations),
             "02": (lambda: s2.meta_step(nets, opts, pairs.batch(rows), val.batch(rows), rng, args),
                    3 * operations),

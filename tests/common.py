@@ -57,13 +57,19 @@ def train_proxy(settings, pairs):
     return s1.train(proxy, pairs, settings.steps, settings.batch_size, settings.lr, settings.seed)
 
 
-def start_nets(settings, weights):
-    """Both proxies with these weights, and a fresh rater, as stage 2 starts."""
+def start_nets(settings, weights, val=None):
+    """Both proxies with these weights, and a fresh rater, as stage 2 starts; the rater's
+    contrastive network trained on `val`."""
     torch.manual_seed(settings.seed)
     nets = {name: s1.build_proxy(settings, CPU) for name in ("proxy", "ref")}
     for net in nets.values():
         net.load_state_dict(weights)
-    return {**nets, "rater": s2.Rater(settings.size, settings.patch, settings.words)}
+    nets["rater"] = s2.Rater(settings.size, settings.patch, settings.words)
+    if val:
+        contrast = s2.train_contrast(val, 20 if settings.smoke else s2.CONTRAST_STEPS,
+                                     settings.seed + 1)
+        nets["rater"].contrast.load_state_dict(contrast.state_dict())
+    return nets
 
 
 def chunks(pairs):
@@ -73,11 +79,10 @@ def chunks(pairs):
 
 @torch.no_grad()
 def rate(nets, pairs, smoke=False, draws=0):
-    """{column of stage 3: (N,)}; with `draws` of the baselines, too (contrast is untrained)."""
+    """{column of stage 3: (N,)}; with `draws` of the baselines, too."""
     rater, group_size = nets["rater"], 8 if smoke else s2.GROUP
     companions, parts = s3.draw_companions(rater, group_size, pairs, 0), []
-    if draws:
-        nets = {**nets, "contrast": s2.Contrast(pairs.images.shape[-1], pairs.tokens.shape[1])}
+    nets = nets if draws else {"rater": rater}
     with mock.patch.object(s3, "DRAWS", draws):
         for k, rows in enumerate(chunks(pairs)):
             parts.append(s3.score_chunk(nets, *pairs.batch(rows), companions,

@@ -108,7 +108,7 @@ class Bench:
     def rater(self, seed, name):
         """Stage 2 on the corpus of `seed` with one departure in force."""
         settings, (pairs, val, _), ref = warm_up(seed, self.smoke)
-        nets, progress = start_nets(settings, ref.state_dict()), s1.Progress()
+        nets, progress = start_nets(settings, ref.state_dict(), val), s1.Progress()
         smoke = ["--smoke"] * self.smoke
         flags, changes = departures(s2.parse_args(smoke).steps)[name]
         with contextlib.ExitStack() as stack, torch.enable_grad():    # which callers may have off

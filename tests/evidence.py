@@ -39,13 +39,13 @@ METRICS, SIGNALS = s5.METRICS, {"eq. 6": "difference", "eq. 9": "loss"}
 
 
 # ---- stage 5 with the arms of the paper's tables ---------------------------------------------
-FULL, HALF, FIFTH = s5.ARMS[:3]
+FULL, HALF, FIFTH = s5.Arm("full"), s5.Arm("random 50%", keep=0.5), s5.Arm("random 20%", keep=0.2)
 TABLES = {
     "main": [FULL, HALF, FIFTH,                            # Table 1
              *(ruled(signal, rule, keep) for signal in ("eq. 6", "eq. 9") for keep in (0.5, 0.2)
                for rule in RULES),
              *(s5.Arm(f"{name}, Top-K 50%", s5.EQ6, "topk", 0.5, rank_by=name)
-               for name in (*s3.BASELINES, "rating,gain", "rating,contrast"))],
+               for name in (*s3.BASELINES, "contrast", "rating,contrast"))],
     "group": [FULL, HALF,                                  # Table 4
               *(ruled(signal, rule, 0.5, rank_by, note)
                 for signal, rule in (("eq. 6", "Top-K"), ("eq. 6", "Gsample"),
@@ -179,7 +179,7 @@ class Lab:
         """The weights of the three nets after stage 2 from warm weights."""
         def make():
             args = s2.parse_args(["--signal", signal, *self.smoke])
-            nets = common.start_nets(settings, weights)
+            nets = common.start_nets(settings, weights, val)
             s2.learn(nets, pairs, val, args, settings.seed, s1.Progress())
             return {key: net.state_dict() for key, net in nets.items()}
         return self.keep(f"rater-{name}-{signal}-{settings.seed}", make)

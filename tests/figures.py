@@ -103,7 +103,7 @@ def draw_eq6(path, nets, pairs):
         L_hat, gap = measure(nets, pairs, own, draws=1)
         for stratum, (name, mark, _) in LOOKS.items():
             chosen = strata == stratum
-            axis.plot(L_hat[chosen], gap[chosen], mark, color=s1.STRATUM_COLOURS[stratum],
+            axis.plot(L_hat[chosen], gap[chosen], mark, color=s3.STRATUM_COLOURS[stratum],
                       markersize=7, markeredgecolor="white", markeredgewidth=0.4, label=name)
         noise, caption, plain = areas(-gap, strata)
         axis.axhline(0, color="black", linewidth=1)
@@ -162,7 +162,7 @@ def draw_strata(axis, place, strata, bins=50):
     for stratum, (name, _, hatch) in LOOKS.items():
         above = below + 100 * np.histogram(place[strata == stratum], edges)[0] / everything
         axis.stairs(above, edges, baseline=below, fill=True, hatch=hatch, label=name, linewidth=0,
-                    facecolor=s1.STRATUM_COLOURS[stratum], edgecolor="white")
+                    facecolor=s3.STRATUM_COLOURS[stratum], edgecolor="white")
         below = above
 
 
@@ -207,7 +207,7 @@ def draw_apart(path, text):
         steps, mean, half = np.transpose(numbers)
         axis.errorbar(shift * steps, mean, [half, np.minimum(half, 1 - mean)], fmt=mark + style,
                       markersize=13, linewidth=3, elinewidth=1.5, capsize=4,
-                      color=s1.STRATUM_COLOURS[stratum], label=name)
+                      color=s3.STRATUM_COLOURS[stratum], label=name)
     axis.set_xscale("log")
     axis.set_xticks(steps, [f"{step:.0f}" for step in steps])
     axis.minorticks_off()
@@ -298,7 +298,8 @@ def draw_example(path, pairs, rows, numbers):
 
 
 NAMES = {"informative": "right pair", "planted-plain": "plain", "planted-noise": "noise",
-         "planted-caption": "wrong caption"}
+         "planted-caption": "wrong caption", "plain": "plain", "chaotic-noise": "noise",
+         "chaotic-caption": "wrong caption"}
 
 
 def draw_real(path, pairs, rating):
@@ -315,12 +316,13 @@ def draw_real(path, pairs, rating):
         for axis, row, x, caption in zip(axes.flat, chosen, pairs.batch(chosen)[0],
                                          pairs.read("caption", chosen)):
             axis.imshow((x.permute(1, 2, 0).numpy() + 1) / 2)
-            words = caption.replace(s1.PLAIN_CAPTION, "white").split(" ", 4)[-1]
-            axis.set_title(words, fontsize=11, pad=3)
+            words = caption.replace(s1.PLAIN_CAPTION, "white").replace("a photo of ", "")
+            axis.set_title(words.replace(" on a", "\non").replace(" background", ""), fontsize=11,
+                           pad=3)
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
-                spine.set(color=s1.STRATUM_COLOURS[strata[row]], linewidth=4)
-    marks = [plt.Line2D([], [], color=s1.STRATUM_COLOURS[stratum], linewidth=5, label=name)
+                spine.set(color=s3.STRATUM_COLOURS[strata[row]], linewidth=4)
+    marks = [plt.Line2D([], [], color=s3.STRATUM_COLOURS[stratum], linewidth=5, label=name)
              for stratum, name in NAMES.items() if stratum in strata]
     figure.legend(handles=marks, loc="lower center", ncol=4, fontsize=14, frameon=False,
                   bbox_to_anchor=(0.5, -0.09))
@@ -331,7 +333,8 @@ def draw_real(path, pairs, rating):
 def draw_rater(path, settings, weights, pairs, val, flags):
     """Logits of 512 pairs by stratum over a run of stage 2, and the health of its weights."""
     probe, seen = pairs.take(np.arange(min(512, len(pairs)))), {}
-    args, nets = s2.parse_args(["--smoke"] * settings.smoke + flags), start_nets(settings, weights)
+    args = s2.parse_args(["--smoke"] * settings.smoke + flags)
+    nets = start_nets(settings, weights, val)
 
     @torch.no_grad()
     def after(k):
@@ -344,8 +347,8 @@ def draw_rater(path, settings, weights, pairs, val, flags):
     logits -= logits.mean(1, keepdims=True)
     for (stratum, (name, *_)), style in zip(LOOKS.items(), ("-", "--", ":", "-.")):
         low, middle, high = np.percentile(logits[:, strata == stratum], (25, 50, 75), axis=1)
-        left.plot([*seen], middle, style, color=s1.STRATUM_COLOURS[stratum], label=name)
-        left.fill_between([*seen], low, high, color=s1.STRATUM_COLOURS[stratum], alpha=0.2)
+        left.plot([*seen], middle, style, color=s3.STRATUM_COLOURS[stratum], label=name)
+        left.fill_between([*seen], low, high, color=s3.STRATUM_COLOURS[stratum], alpha=0.2)
     left.set(xlabel="meta step", ylabel="logit, centred (median, quartiles)")
     window = min(25, args.steps)
     for name, column in zip(s2.COLUMNS, np.transpose(progress.log)):
@@ -354,7 +357,7 @@ def draw_rater(path, settings, weights, pairs, val, flags):
                 column, np.full(window, 1 / window), "valid"), label=name)
     right.set(xlabel="meta step", ylim=(0, None))
     for axis in (left, right):
-        s3.legend_above(axis)
+        axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=4, frameon=False)
     s3.save_figure(figure, path)
 
 
@@ -362,12 +365,13 @@ def main(argv=None):
     out = Path(s1.parse(argv, __doc__).out)
     settings, weights = s1.load(out / "proxy.pt", "01_proxy.py")
     pairs, val = (s1.open_pairs(out / "pairs", split) for split in ("train", "val"))
-    if settings.plant:
+    if any(settings.plant):
         return draw_real(out / "real.png", pairs, np.load(out / "ratings.npy")["rating"])
     if not set(LOOKS) <= {*pairs.strata()}:
         raise SystemExit(f"{out}/proxy.pt is of other pairs than the toy, whose kinds are drawn: "
                          "name the --out of a run without --data")
-    nets, group_size = s3.load_nets(out, "difference", settings, CPU)
+    nets, group_size = s3.load_nets(out, "difference", True, settings, CPU)
+    draw_real(out / "toy.png", pairs, np.load(out / "ratings.npy")["rating"])
     draw_pipeline(out / "pipeline.png")
     draw_eq6(out / "eq6.png", nets, pairs.take(np.arange(min(1500, len(pairs)))))
     draw_apart(out / "apart.png", (ASSETS / "evidence.md").read_text(encoding="utf-8"))

@@ -243,7 +243,7 @@ def spoil(val, settings, count, plain, wrong):
 def rate(seed, smoke, trusted=next(iter(TRUSTED))):
     """Logits (N,) of the training pairs after stage 2, with these validation pairs."""
     settings, (pairs, val, _), proxy = warm_up(seed, smoke)
-    args, nets = s2.parse_args(["--smoke"] * smoke), start_nets(settings, proxy.state_dict())
+    args, nets = s2.parse_args(["--smoke"] * smoke), start_nets(settings, proxy.state_dict(), val)
     s2.learn(nets, pairs, spoil(val, settings, *TRUSTED[trusted]), args, seed, s1.Progress())
     with torch.no_grad():
         return nets["rater"].logits(nets["rater"].features(*pairs.batch())).numpy()

@@ -1,4 +1,4 @@
-"""Real pictures: which ranking finds which dirt, and what training on its half gives. See QUESTIONS.
+"""Real pictures: which ranking finds which dirt, and what a model learns from its half.
 
     python tests/real.py signals planted --seeds 5           AUC of every ranking, 2 minutes a seed
     python tests/real.py arms planted --seeds 5 --csv FILE   and a model trained on every half,
@@ -293,7 +293,7 @@ QUESTIONS = {"signals": ask_signals, "arms": ask_arms, "raters": ask_raters, "di
 
 
 def main(argv=None):
-    parser = command_line(__doc__, "out")
+    parser = command_line(__doc__)
     parser.add_argument("question", choices=QUESTIONS)
     parser.add_argument("corpora", nargs="+", help="toy, planted, ..., or NAME=TRAIN,VAL")
     parser.add_argument("--lr", type=float, default=5e-3, help="of the downstream model")
