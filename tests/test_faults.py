@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 
-from common import collect
 from conftest import ROOT, encode, launch, prepare, write_tar
 
 # A process that has imported the stages once is forked for each run, which saves seconds each time.
@@ -236,7 +235,7 @@ def test_ctrl_c_is_one_line_and_no_process_is_left(crawl, chain, tmp_path, numbe
     if strike[3] == signal.SIGINT:
         assert code == 130 and "stopped: the same command goes on" in said.splitlines()[-1], said
         assert not any(word in said.lower() for word in ("traceback", "error", "warning")), said
-    assert attempt(out, number, flags, threads=threads)[0] == 0
+    assert attempt(out, number, flags)[0] == 0
 
 
 # ---- a full disk, too little memory ----------------------------------------------------------
@@ -258,16 +257,6 @@ def test_a_full_disk_is_one_line_and_earlier_files_survive(chain, tmp_path, numb
         assert all(file.read_bytes() == data for file, data in before.items())
     if number < 5:                                         # (5 goes on after Ctrl-C, above)
         assert attempt(out, number, flags, changes=QUICK)[0] == 0
-
-
-def test_ratings_have_their_room_before_the_first_is_written(stage, tmp_path, monkeypatch):
-    """A mapped file with holes would end the program by a signal when the disk gets full."""
-    pairs = collect(stage(1).draw_toy(16, 16, 0, "val")).take(np.arange(40000) % 16)
-    monkeypatch.setattr(stage(3), "score_chunk", cut_at(None, 1))
-    with pytest.raises(Cut):
-        stage(3).score({}, None, pairs, tmp_path / "ratings", 0, stage(1).Progress())
-    size = (tmp_path / "ratings.npy.part").stat()
-    assert size.st_blocks * 512 >= size.st_size > 10 ** 6
 
 
 @pytest.mark.parametrize("greedy", [lambda: torch.empty(10 ** 15), lambda: np.empty(10 ** 15)])
@@ -437,7 +426,3 @@ def test_names_outside_the_terminals_letters(stage, crawl, tmp_path):
     assert members and all(files[name] == data for name, data in members.items())
     keys = [row["key"] for row in without_clock(out / "selected-topk-0.5.csv")]
     assert keys == list(dict.fromkeys(name.split(".")[0] for name in members))
-    with contextlib.redirect_stdout(io.StringIO()) as text:                   # as in a notebook
-        stage(1).launch(lambda args, device: stage(1).print0("±"),
-                        stage(1).parse_args(["--out", str(out)]))
-    assert text.getvalue() == "±\n"

@@ -1,4 +1,4 @@
-"""How networks are run changes nothing that is computed; precision, parts, who is waited for."""
+"""How networks are run changes nothing that is computed; precision, who is waited for."""
 import os
 import signal
 import socket
@@ -49,29 +49,6 @@ def test_precision_on_each_machine(stage, monkeypatch, flags, device, new, bf16,
     settings = stage(1).parse_args([*flags, "--width", "16"])
     assert stage(1).build_proxy(settings, torch.device(device)).bf16 == bf16
     assert said == [products]
-
-
-def test_05_looks_at_a_part_of_the_pairs_at_a_time(stage, toy, monkeypatch):
-    """Held-out loss, drawing and judging give what they give in one piece."""
-    (test, net), sizes, found = toy, [], []
-    judge = stage(2).Contrast(16, 8)
-    reference = stage(5).moments(judge.embed_images(test.batch()[0])[0].detach())
-    for network in (net, judge.image):
-        network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    for part in (16, 100):
-        monkeypatch.setattr(stage(5), "PART", part)
-        sizes.clear()
-        found.append(stage(5).evaluate(net, test, judge, reference, 0))
-        assert max(sizes) <= 2 * part                      # sampling asks with and without caption
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
-    assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
-
-
-@pytest.mark.parametrize("width,heads", [(4, 4), (100, 4), (384, 6), (404, 4), (772, 4)])
-def test_every_width_that_divides_by_four_has_heads(stage, width, heads):
-    net = stage(1).DiT(16, 8, width, 1, 2)
-    assert net.blocks[0].heads == heads
-    assert net(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.ones(1, 2).long()).shape[1] == 3
 
 
 @pytest.mark.parametrize("left,group,waits", [
