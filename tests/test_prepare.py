@@ -13,7 +13,6 @@ import torch
 
 from common import collect, s1
 from conftest import encode, launch, prepare, write, write_pictures, write_tar
-from test_faults import SERVER
 
 PLANT = ["--plant", "captions=0.2,noise=0.1,plain=0.05"]
 
@@ -41,8 +40,7 @@ def test_mapped_pairs_are_those_in_memory(stage, tmp_path):
             assert a.read("key") == b.read("key") and a.read("caption") == b.read("caption")
             assert (a.strata() == b.strata()).all() and (a.strata([0]) == b.strata([0])).all()
             assert torch.equal(a.batch([1, 0])[0], b.batch()[0][[1, 0]])
-    x, c = mapped["val"].batch([0])
-    assert x.min() >= -1 and x.max() <= 1 and x.dtype == torch.float32 and c.dtype == torch.int64
+    assert abs(mapped["val"].batch()[0]).max() <= 1
 
 
 def test_prepared_pairs_serve_until_an_option_or_a_file_changes(stage, tmp_path, capsys,
@@ -77,21 +75,19 @@ def test_prepared_pairs_serve_until_an_option_or_a_file_changes(stage, tmp_path,
 
 @pytest.mark.parametrize("moment, old", [
     ("append", None), ("plant_pictures", None), ("write_json", "another"), ("os.sync", "another"),
-    ("shutil.rmtree", "another"), ("shutil.rmtree", "the same")])
+    ("shutil.rmtree", "another")])
 def test_a_run_killed_while_it_prepares_is_never_taken_for_whole(stage, tmp_path, monkeypatch,
                                                                   moment, old):
-    """Its readers end; the same command then gives the bytes of an undisturbed run, whatever stood
-    there before: pairs of other options, or those that are asked for again."""
+    """Its readers end; the same command then gives the bytes of an undisturbed run, also where
+    pairs of other options stood there before."""
     data, out = tmp_path / "data", tmp_path / "out"
     write_pictures(stage, data, 300)
     monkeypatch.setattr(s1, "TASK", 100)                   # three tasks, more than a pipe holds
     monkeypatch.setattr(s1, "LEAST", 4)
-    asked = ["--data", data, "--batch-size", "4", *PLANT]
-    other = [*asked, "--size", "8"]
-    prepare(stage, tmp_path / "sound", *asked)
-    if old:                                                # "the same": another takes its place
-        prepare(stage, out, *(other if old == "another" else asked))
-    flags = other if old == "the same" else asked
+    flags = ["--data", data, "--batch-size", "4", *PLANT]
+    prepare(stage, tmp_path / "sound", *flags)
+    if old:
+        prepare(stage, out, *flags, "--size", "8")
     owner, _, name = moment.rpartition(".")
     place = getattr(s1, owner) if owner else s1
     undisturbed, calls = getattr(place, name), itertools.count()
@@ -119,31 +115,9 @@ def test_a_run_killed_while_it_prepares_is_never_taken_for_whole(stage, tmp_path
     if old is None:
         with pytest.raises(SystemExit, match="run 01_proxy.py"):
             s1.open_pairs(out / "pairs")
-    prepare(stage, out, *asked)
+    prepare(stage, out, *flags)
     assert contents(out / "pairs") == contents(tmp_path / "sound/pairs")
     assert not (out / "pairs.part").exists()
-
-
-def read_after_threads(folder):
-    """In a child: prepare by two readers, which are forked when the threads of OpenMP are up."""
-    multiprocessing.set_start_method("fork", force=True)
-    torch.set_num_threads(2)
-    for _ in range(20):
-        torch.randn(600, 600) @ torch.randn(600, 600)
-        torch.randn(4, 8, 64, 64).softmax(1)
-    s1.TOY_TASK = 50
-    s1.prepare(folder, s1.parse_args(["--smoke"]))
-
-
-def test_readers_that_fork_change_no_byte(stage, tmp_path, monkeypatch):
-    """And do not hang."""
-    monkeypatch.setattr(s1, "TOY_TASK", 50)
-    prepare(stage, tmp_path, "--smoke")
-    child = SERVER.Process(target=read_after_threads, args=(tmp_path / "two",))
-    child.start()
-    child.join(120)
-    child.kill()
-    assert child.exitcode == 0 and contents(tmp_path / "two") == contents(tmp_path / "pairs")
 
 
 def test_after_stage_1_no_stage_needs_the_files(stage, tmp_path, monkeypatch):
@@ -155,9 +129,9 @@ def test_after_stage_1_no_stage_needs_the_files(stage, tmp_path, monkeypatch):
     before = contents(tmp_path / "out/pairs")
     for name in ("data", "val"):
         (tmp_path / name).rename(tmp_path / f"{name}, once")
-    launch(stage, 2, flags)
-    launch(stage, 3, ["--out", "out"])
-    launch(stage, 4, ["--out", "out", "--keep", "20"])
+    monkeypatch.setattr(stage(3), "draw_bands", print)     # which takes its time
+    for number, more in ((2, flags), (3, flags[:2]), (4, [*flags[:2], "--keep", "20"])):
+        launch(stage, number, more)
     stage(1).launch(lambda args, device: stage(5).main(args, device, stage(5).ARMS[:1]),
                     stage(5).parse_args([*flags, "--seeds", "1"]))
     shards = ["--out", "out", "--keep", "20", "--write-shards", "new"]
@@ -222,18 +196,6 @@ def test_what_comes_twice_is_read_once_and_trusted_pictures_in_the_corpus_are_sa
     assert len(found["train"]) == 61 and "other words" not in found["train"].read("caption")
     assert "skipped 60 (comes twice), the first of them pair 61" in said, said
     assert f"{len(found['val'])} pictures of the val split are training pictures" in said
-
-
-def test_pairs_of_a_script(stage, tmp_path):
-    """--data own takes the files as they are, whatever made them."""
-    prepare(stage, tmp_path, "--smoke")
-    before = contents(tmp_path / "pairs")
-    (tmp_path / "pairs/made.json").write_text('{"data": "own"}')
-    launch(stage, 1, ["--data", "own", "--out", str(tmp_path), "--smoke"])
-    assert contents(tmp_path / "pairs") == before | {"made.json": b'{"data": "own"}'}
-    shutil.rmtree(tmp_path / "pairs")
-    with pytest.raises(SystemExit, match="is missing"):
-        launch(stage, 1, ["--data", "own", "--out", str(tmp_path), "--smoke"])
 
 
 # ---- planted dirt -----------------------------------------------------------------------------
