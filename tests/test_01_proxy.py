@@ -1,7 +1,5 @@
 """Stage 1: the loss and the sampler against closed forms, words, toy pairs, known data sets, the
 dials."""
-import gzip
-import hashlib
 import pickle
 import unicodedata
 
@@ -11,7 +9,7 @@ import torch
 from torchvision import datasets
 
 from common import collect
-from conftest import launch, prepare, write_fashion
+from conftest import launch, prepare, write, write_fashion
 
 
 # ---- the loss, its noise, the sampler, the network -----------------------------------------------
@@ -70,12 +68,6 @@ def test_every_epoch_has_an_order_of_its_own_and_any_step_can_be_drawn_by_itself
             first:]
 
 
-@pytest.mark.parametrize("flags", [["--size", "18"], ["--size", "2"], ["--width", "30"]])
-def test_sizes_that_do_not_fit_are_named(stage, tmp_path, flags):
-    with pytest.raises(SystemExit, match="must be 4 or more and divide by --patch"):
-        launch(stage, 1, ["--out", str(tmp_path), *flags])
-
-
 def test_checkpoints_never_run_code(stage, tmp_path):
     class Trap:
         def __reduce__(self):
@@ -91,14 +83,10 @@ def test_checkpoints_never_run_code(stage, tmp_path):
 
 
 # ---- words --------------------------------------------------------------------------------------
-WORDS = {                  # of a script, that differ in vowel signs, tones or points alone
+WORDS = {                  # that differ in vowel signs, tones or points alone
     "Hindi": "कमल कमाल कमली कमला कि की कु कू के", "Bengali": "কি কী কা কু কে",
-    "Thai": "กิน กัน กีน กึน มี มิ มื", "Lao": "ກິນ ກີນ ກຶນ", "Khmer": "កា កិ កី កុ កែ",
-    "Burmese": "ကာ ကိ ကီ ကု ကေ", "Tamil": "கா கி கீ கு", "Telugu": "కా కి కీ కు",
-    "Kannada": "ಕಾ ಕಿ ಕು", "Malayalam": "കാ കി കു", "Gujarati": "કા કિ કુ", "Gurmukhi": "ਕਾ ਕਿ ਕੁ",
-    "Sinhala": "කා කි කු", "Tibetan": "ཀི ཀུ ཀེ", "Javanese": "ꦏꦶ ꦏꦸ ꦏꦺ", "Chakma": "𑄇𑄨 𑄇𑄪 𑄇𑄬",
-    "Hebrew": "סֵפֶר סַפָּר סְפָר", "Arabic": "كَتَبَ كُتُب كِتاب", "Yoruba": "ọ̀kọ ọ́kọ ọkọ",
-    "Vietnamese": "ma má mà mả mã mạ", "Russian": "кот кит кот́", "Latin": "cat cut cot 12 ½",
+    "Thai": "กิน กัน กีน กึน มี มิ มื", "Khmer": "កា កិ កី កុ កែ", "Burmese": "ကာ ကိ ကီ ကု ကေ",
+    "Hebrew": "סֵפֶר סַפָּר סְפָר", "Yoruba": "ọ̀kọ ọ́kọ ọkọ", "Latin": "cat cut cot 12 ½",
 }
 
 
@@ -111,16 +99,12 @@ def test_words_of_every_script_have_rows_of_their_own(stage, script):
     for form in ("NFC", "NFD"):
         other = [unicodedata.normalize(form, word).upper() for word in words]
         assert (stage(1).tokenize(other, 4) == rows).all()
-    sentence = stage(1).tokenize([", ".join(words)], 16)[0]
-    assert sentence[:len(words)].tolist() == rows[:, 0].tolist() and not sentence[len(words):].any()
 
 
 def test_captions_of_any_kind_get_words(stage):
-    captions = ["红色的猫", "赤いネコ", "빨간", "😀 😀", "😁", "!!!", "❤️", "☀️", "3️⃣", "a ❤️ cat", "a cat"]
-    rows = stage(1).tokenize([*captions, "word " * 30, ""], 4)
+    rows = stage(1).tokenize(["红色的猫", "赤いネコ", "빨간", "!!!", "a ❤️ cat", "word " * 30, ""], 4)
     assert rows.dtype == np.int16 and ((0 <= rows) & (rows < stage(1).VOCABULARY)).all()
-    assert (rows > 0).sum(1).tolist() == [4, 4, 2, 2, 1, 1, 1, 1, 1, 2, 2, 4, 0]
-    assert len(set(rows[3:9, 0])) == 6 and (rows[9] == rows[10]).all()
+    assert (rows > 0).sum(1).tolist() == [4, 4, 2, 1, 2, 4, 0]
 
 
 # ---- toy pairs -----------------------------------------------------------------------------------
@@ -142,37 +126,7 @@ def test_toy_strata_and_captions(stage):
     assert spread[strata == "plain"].max() < 20 and spread[strata == "chaotic-noise"].min() > 40
 
 
-def test_toy_splits_share_no_picture_and_follow_the_seed(stage):
-    train, val, again, other, rest = (
-        collect(stage(1).draw_toy(300, 16, seed, split, first)) for seed, split, first in (
-            (0, "train", 0), (0, "val", 0), (0, "train", 0), (1, "train", 0), (0, "train", 300)))
-    assert set(val.strata()) == {"informative"}
-    for pairs in (val, other, rest):
-        assert not set(map(bytes, train.images)) & set(map(bytes, pairs.images))
-    assert (train.images == again.images).all() and not set(train.read("key")) & set(
-        rest.read("key"))
-
-
 # ---- data sets that everyone knows ---------------------------------------------------------------
-def write_cifar(root, monkeypatch, kind):
-    """A tiny CIFAR10 or CIFAR100 in the real file format, under its own check sums: their files."""
-    folder, key = root / kind.base_folder, kind.meta["key"]
-    folder.mkdir(parents=True)
-    labels = [k % 10 for k in range(120)]
-    blob = pickle.dumps({
-        "data": np.repeat(np.array(labels, np.uint8)[:, None] * 20, 3072, axis=1),
-        "labels" if key == "label_names" else "fine_labels": labels,
-        key: ["aquarium_fish" if k == 1 else "orchid" for k in range(100)]})
-    check = hashlib.md5(blob).hexdigest()
-    names = [name for name, _ in kind.train_list + kind.test_list] + [kind.meta["filename"]]
-    for name in names:
-        (folder / name).write_bytes(blob)
-    for part in ("train_list", "test_list"):
-        monkeypatch.setattr(kind, part, [[name, check] for name, _ in getattr(kind, part)])
-    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": check})
-    return names
-
-
 @pytest.fixture
 def offline(monkeypatch):
     def unreachable(*args, **how):
@@ -191,7 +145,6 @@ def test_a_data_set_gives_captions_from_classes_and_splits_that_share_nothing(st
     assert not set(keys["train"]) & set(keys["val"])
     assert all(key.startswith("test") for key in keys["test"])
     for split, pairs in found.items():
-        assert pairs.images.shape[1:] == (3, 16, 16) and set(pairs.strata()) == {"informative"}
         for key, row, caption in zip(keys[split], pairs.rows, pairs.read("caption")):
             label = int(key.lstrip("trainest")) % 10
             assert (pairs.images[row] == 20 * label).all()             # picture and caption agree
@@ -209,77 +162,55 @@ def test_class_names_are_read_as_a_person_says_them(stage):
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 OTHER = "t10k-labels-idx1-ubyte"
-# what stands in the place of files of a data set: functions of the raw folder
-WRONG = {
-    "nothing": lambda raw: [file.unlink() for file in raw.iterdir()],
-    "HTML": lambda raw: (raw / IMAGES).write_bytes(b"<html>404</html>"),
-    "HTML for labels": lambda raw: (raw / LABELS).write_bytes(b"<!DOCTYPE html>" * 30),
-    "cut": lambda raw: (raw / IMAGES).write_bytes((raw / IMAGES).read_bytes()[:1000]),
-    "gzip": lambda raw: (raw / IMAGES).write_bytes(gzip.compress((raw / IMAGES).read_bytes())),
-    "gzip of labels": lambda raw: (raw / OTHER).write_bytes(gzip.compress(
-        (raw / OTHER).read_bytes())),
-    "labels of the other split": lambda raw: (raw / LABELS).write_bytes((raw / OTHER).read_bytes()),
-    "pictures of the other split": lambda raw: (raw / IMAGES).write_bytes(
-        (raw / "t10k-images-idx3-ubyte").read_bytes()),
-    "labels for pictures": lambda raw: (raw / IMAGES).write_bytes((raw / LABELS).read_bytes()),
-    "a label beyond the classes": lambda raw: (raw / LABELS).write_bytes(
-        (raw / LABELS).read_bytes()[:-1] + b"\x0a"),
-    "labels of letters in the test": lambda raw: (raw / OTHER).write_bytes(
-        (raw / OTHER).read_bytes()[:-2] + b"\x1a\x01"),
+WRONG = {                  # file: what stands in it instead, of the raw folder
+    "HTML": (IMAGES, lambda raw: b"<html>404</html>"),
+    "cut": (IMAGES, lambda raw: (raw / IMAGES).read_bytes()[:1000]),
+    "labels of the other split": (LABELS, lambda raw: (raw / OTHER).read_bytes()),
+    "labels for pictures": (IMAGES, lambda raw: (raw / LABELS).read_bytes()),
+    "a label beyond the classes": (LABELS, lambda raw: (raw / LABELS).read_bytes()[:-1] + b"\x0a"),
+    "labels of letters": (OTHER, lambda raw: (raw / OTHER).read_bytes()[:-2] + b"\x1a\x01"),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("name", ["FashionMNIST", "MNIST"])
-def test_wrong_files_of_a_data_set_end_in_one_line_with_all_names(stage, tmp_path, offline, wrong,
-                                                                  name):
+def test_wrong_files_of_a_data_set_end_in_one_line_with_all_names(stage, tmp_path, offline, wrong):
     write_fashion(tmp_path)
-    (tmp_path / "FashionMNIST").rename(tmp_path / name)
-    WRONG[wrong](tmp_path / name / "raw")
-    with pytest.raises(SystemExit, match=f"{name} could not be read or downloaded") as stop:
-        prepare(stage, tmp_path, "--data", name, "--root", tmp_path)
+    raw, (file, data) = tmp_path / "FashionMNIST/raw", WRONG[wrong]
+    (raw / file).write_bytes(data(raw))
+    with pytest.raises(SystemExit, match="FashionMNIST could not be read or downloaded") as stop:
+        prepare(stage, tmp_path, "--data", "FashionMNIST", "--root", tmp_path)
     text = str(stop.value)
-    assert "\n" not in text and f"{tmp_path}/{name}/raw" in text and "--root" in text
-    for file in (IMAGES, LABELS, OTHER, "t10k-images-idx3-ubyte"):
-        assert f"{file}," in text or f"{file} into" in text
+    assert "\n" not in text and str(raw) in text and "--root" in text
+    assert all(name in text for name in (IMAGES, LABELS, OTHER, "t10k-images-idx3-ubyte"))
     assert not (tmp_path / "pairs").exists()
 
 
-@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
-def test_cifar_in_its_own_files_or_in_wrong_ones(stage, tmp_path, monkeypatch, offline, name):
+@pytest.mark.parametrize("name, labels", [("CIFAR10", "labels"), ("CIFAR100", "fine_labels")])
+def test_cifar_in_its_own_files(stage, tmp_path, monkeypatch, name, labels):
     kind = getattr(datasets, name)
-    files, flags = write_cifar(tmp_path, monkeypatch, kind), ["--data", name, "--root", tmp_path]
-    assert len(files) == 7 if name == "CIFAR10" else 3
-    pairs = prepare(stage, tmp_path / "out", *flags, "--batch-size", "8")["train"]
+    blob = pickle.dumps({"data": np.repeat(np.arange(120, dtype=np.uint8)[:, None], 3072, axis=1),
+                         labels: [k % 10 for k in range(120)],
+                         kind.meta["key"]: ["orchid", *["aquarium_fish"] * 9]})
+    names = [name for name, _ in kind.train_list + kind.test_list] + [kind.meta["filename"]]
+    write(tmp_path / kind.base_folder, dict.fromkeys(names, blob))
+    monkeypatch.setattr(kind, "_check_integrity", lambda _: True)             # of their check sums
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": None})
+    pairs = prepare(stage, tmp_path, "--data", name, "--root", tmp_path, "--batch-size",
+                    "8")["train"]
     for key, row, caption in zip(pairs.read("key"), pairs.rows, pairs.read("caption")):
-        label = int(key.removeprefix("train")) % 120 % 10
-        assert (pairs.images[row] == 20 * label).all()
-        assert caption.endswith("aquarium fish" if label == 1 else "orchid")
-    for file in files:
-        path = tmp_path / kind.base_folder / file
-        sound = path.read_bytes()
-        for data in (b"<html>", sound[:-3], None):
-            path.write_bytes(data) if data else path.unlink()
-            with pytest.raises(SystemExit, match="could not be read or downloaded: put") as stop:
-                prepare(stage, tmp_path, *flags)
-            assert all(name in str(stop.value) for name in files) and "\n" not in str(stop.value)
-        path.write_bytes(sound)
+        number = int(key.removeprefix("train")) % 120
+        assert (pairs.images[row] == number).all()
+        assert caption.endswith("aquarium fish" if number % 10 else "orchid")
 
 
 def test_a_cache_that_cannot_be_written_is_one_line_with_the_cure(stage, tmp_path, monkeypatch,
                                                                   offline):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_HOME", f"{tmp_path}/file")
-    for flags in (["FashionMNIST"], ["CIFAR100"], ["CIFAR10", "--root", f"{tmp_path}/file/root"]):
+    for flags in (["FashionMNIST"], ["CIFAR10", "--root", f"{tmp_path}/file/root"]):
         with pytest.raises(SystemExit, match="could not be read or downloaded.*--root") as stop:
             launch(stage, 1, ["--out", str(tmp_path), "--data", *flags])
         assert "\n" not in str(stop.value)
-
-
-def test_trusted_files_are_not_ignored(stage):
-    for data in ("toy", "FashionMNIST", "own"):
-        with pytest.raises(SystemExit, match="--val goes with files"):
-            stage(1).parse_args(["--data", data, "--val", "trusted"])
 
 
 # ---- the dials -----------------------------------------------------------------------------------
@@ -294,11 +225,3 @@ def test_captions_read_at_a_proxy_that_reads_them_and_at_one_that_does_not(stage
     assert stage(1).read_captions(know(0), pairs, 0) == 0         # no loss differs at all
     pairs.tokens = np.ones((9, 1), np.int16)
     assert np.isnan(stage(1).read_captions(know(1), pairs, 0))
-
-
-@pytest.mark.parametrize("value, words", [(0.9, "are found"), (0.7, "are hardly found"),
-                                          (0.51, "are not found"), (0.0, "are not found")])
-def test_a_verdict_says_the_number_its_chance_and_below_the_mark_the_cure(stage, value, words):
-    text = stage(1).say("they are {}found", value, 0.5, 0.8, "look closer")
-    assert words in text and ("look closer" in text) == (value < 0.8)
-    assert f"{value:.2f} (0.5 is chance)" in text

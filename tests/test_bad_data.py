@@ -5,7 +5,6 @@ folder and as a tar), TABLES (what a table says) and HOPELESS (places without a 
 """
 import csv
 import io
-import itertools
 import json
 import os
 import struct
@@ -23,13 +22,6 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def bomb(side):
-    """A PNG of a few bytes whose header promises side x side pixels."""
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"x")
-            + chunk(b"IEND", b""))
-
-
 def deep(values):
     """A picture of one channel whose pixels, of any type, are these and 1."""
     file = io.BytesIO()
@@ -37,26 +29,21 @@ def deep(values):
     return file.getvalue()
 
 
-def animate():
-    file = io.BytesIO()
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
-    return file.getvalue()
-
-
 RED, BLUE, JPEG = encode(colour=(255, 0, 0)), encode(colour=(0, 0, 255)), encode(
     kind="JPEG", colour=(0, 255, 0))
-GIF = animate()
+GIF = encode(kind="GIF", colour=(255, 0, 0), save_all=True, append_images=[Image.new("RGB", (9, 9))])
+MUCH, BOMB = zlib.compress(bytes(3 << 20)), encode("1", size=(20000, 10000))
 UNREADABLE, SILENT, LOSSY = "unreadable image", "no caption beside it", "caption is not UTF-8"
 ODD, LARGE = f"{UNREADABLE}: one channel of more than 8 bits", f"{UNREADABLE}: Image size exceeds"
 REDS, GREENS, BLUES, BLACK, WHITE = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255,) * 3)
 
 PICTURES = {               # file: (its bytes, the colour as read or the reason why it is not)
     "good.jpg": (JPEG, GREENS), "capitals.JPG": (JPEG, GREENS), "png as.jpg": (RED, REDS),
+    "broken EXIF.png": (RED[:33] + chunk(b"eXIf", b"broken") + RED[33:], REDS),
+    "text of 3 MB.png": (RED[:33] + chunk(b"zTXt", b"Comment\0\0" + MUCH) + RED[33:], REDS),
+    "profile of 3 MB.png": (RED[:33] + chunk(b"iCCP", b"icc\0\0" + MUCH) + RED[33:], REDS),
     "truncated.jpg": (JPEG[:200], UNREADABLE), "nothing.jpg": (b"", UNREADABLE),
-    "html.jpg": (b"<html>404 not found</html>", UNREADABLE),
-    "bomb.png": (bomb(60000), LARGE), "second bomb.png": (bomb(20000), LARGE),
-    "broken chunk.png": (RED.replace(b"IDATx", b"IDATy"), UNREADABLE),
+    "html.jpg": (b"<html>404</html>", UNREADABLE), "bomb.png": (BOMB, LARGE),
     "cmyk.jpg": (encode("CMYK", "JPEG"), WHITE), "grey.png": (encode("L", colour=255), WHITE),
     "black and white.png": (encode("1", colour=1), WHITE), "palette.png": (encode("P"), BLACK),
     "clear.png": (encode("RGBA", colour=(255, 0, 0, 0)), WHITE),
@@ -67,8 +54,7 @@ PICTURES = {               # file: (its bytes, the colour as read or the reason 
     "sixteen bit.png": (encode("I;16", colour=40000), ODD),
     "not a number.tif": (deep(np.float32([np.nan, 200])), ODD),
     "infinite.tif": (deep(np.float32([np.inf, -np.inf])), ODD),
-    "no data.tif": (deep(np.float32([-9999, -3.4e38, 1e20])), ODD),
-    "whole, no data.tif": (deep(np.int32([-9999, -2 ** 31, 5])), ODD),
+    "no data.tif": (deep(np.int32([-9999, -2 ** 31, 5])), ODD),
     "sixteen bit, no data.tif": (deep(np.uint16([65535, 300])), ODD),
     'comma, "quote".png': (RED, REDS), "Ünï/cøde 50%.png": (RED, REDS),
 }
@@ -132,7 +118,16 @@ def test_kinds_of_broken_pairs(stage, tmp_path, place):
     assert any(reason.startswith(LARGE) and "pixels" in reason for reason, _ in skipped)
 
 
-def test_what_only_a_tar_can_do_wrong(stage, tmp_path, capsys):
+def test_pictures_stand_upright(stage):
+    exif, image = Image.Exif(), Image.new("RGB", (16, 16))
+    exif[0x0112], file = 6, io.BytesIO()
+    image.paste((255, 255, 255), (0, 0, 16, 8))            # white above, once turned on the right
+    image.save(file, "PNG", exif=exif)
+    found = stage(1).decode_image(file.getvalue(), 16)
+    assert (found[:, :, 9:] == 255).all() and (found[:, :, :7] == 0).all()
+
+
+def test_what_only_a_tar_can_do_wrong(stage, tmp_path, capsys, monkeypatch):
     """Unsafe names, links, a key that comes again, a cut tar, HTML, nothing: read by all cores,
     ratings in the end belong to their keys."""
     write(tmp_path / "d", {"f.tar.gz": b"", "loose.png": RED})
@@ -150,6 +145,7 @@ def test_what_only_a_tar_can_do_wrong(stage, tmp_path, capsys):
     flags = [f"--data={tmp_path}/d", f"--val={tmp_path}/trusted", "--smoke", "--batch-size=8"]
     pairs = prepare(stage, tmp_path / "out", *flags)["train"]
     said = capsys.readouterr().out
+    monkeypatch.setattr(stage(3), "draw_bands", print)     # which takes its time
     for number, extra in ((1, flags), (2, flags[2:]), (3, [])):
         launch(stage, number, ["--out", str(tmp_path / "out"), *extra])
     assert pairs.read("key") == KEPT + ["last"]
@@ -182,17 +178,14 @@ def fill(names):
 
 
 LAYOUTS = {                # names in a tar's order, keys as read, {beginning of reason: count}
-    "photo and mask": (["0.png!", "0.jpg", "0.txt"], ["0"], {FURTHER: 1}),
-    "mask with its own suffix": (["0.seg.png!", "0.txt", "0.webp"], ["0"], {FURTHER: 1}),
+    "photo and mask": (["0.png!", "0.jpg", "0.txt", "1.seg.png!", "1.txt", "1.webp"], ["0", "1"],
+                       {FURTHER: 2}),
     "further files": (["a.b/0.rgb.jpg", "a.b/0.txt", "a.b/0.npy", "a.b/0.cls"], ["a.b/0"], {}),
     "dots": (["./a.v2.jpg", "./a.v2.txt", "./a.v3.jpg!"], ["a"], {FURTHER: 1}),
     "capitals": (["B.Json", "B.Png", "IMG.JPG", "IMG.TXT"], ["B", "IMG"], {}),
-    "a Mac's companions": (["._0.jpg!", "0.jpg", "._0.txt", ".DS_Store", "0.txt",
-                            "__MACOSX/._0.jpg!"], ["0"], {UNSAFE: 4}),
-    "hidden folders": ([".thumbs/0.jpg!", ".thumbs/0.txt", "0.jpg", "0.txt", "a/.cache/0.jpg!"],
-                       ["0"], {UNSAFE: 3}),
-    "Windows' companions": (["0.jpg", "0.txt", "1.txt", "Thumbs.db", "desktop.ini"], ["0"],
-                            {NEITHER: 2, HALF: 1}),
+    "companions": (["._0.jpg!", "0.jpg", "._0.txt", ".DS_Store", "0.txt", "__MACOSX/._0.jpg!",
+                    ".thumbs/0.jpg!", "a/.cache/0.jpg!", "Thumbs.db"], ["0"],
+                   {UNSAFE: 6, NEITHER: 1}),
     "kinds of pictures": ([f"{k}.{kind}" for k in FORMATS for kind in (k, "txt")], [*FORMATS], {}),
     "not opened": (["0.heic", "1.svg", "2", "3.jpg", "3.caption"], ["3"], {NEITHER: 3}),
     "spaces and joiners": ([*pairs_of(*NAMES)], [*NAMES], {}),
@@ -214,8 +207,8 @@ def test_the_same_files_give_the_same_pairs(stage, tmp_path, layout, place):
 
 
 def test_places(stage, tmp_path, monkeypatch):
-    """Patterns, brackets in names, folders of classes, tars among other files, `~`."""
-    data, cats = write(tmp_path / "photos [2023]", pairs_of("cats/0", "dogs/0")), "photos ?2023?/c*"
+    """Patterns, brackets in names, folders of classes, tars among other files."""
+    data = write(tmp_path / "photos [2023]", pairs_of("cats/0", "dogs/0"))
     (data / "b.png").mkdir()
     (data / "gone.png").symlink_to(data / "nowhere.png")
     (data / "again").symlink_to(data, target_is_directory=True)
@@ -223,20 +216,18 @@ def test_places(stage, tmp_path, monkeypatch):
     write_tar(write(tmp_path / "other/deep", {"loose.jpg": RED}) / "a.TAR", pairs_of("2"))
     write_tar(tmp_path / "other" / "._a.tar", {})
     monkeypatch.chdir(tmp_path)
-    for place, keys in (("photos [2023]", {"cats/0", "dogs/0"}), (data, {"cats/0", "dogs/0"}),
-                        ("photos ?2023?/[cd]*s", {"cats/0", "dogs/0"}), (cats, {"0"}),
+    for place, keys in (("photos [2023]", {"cats/0", "dogs/0"}), ("photos ?2023?/c*", {"0"}),
+                        ("photos ?2023?/[cd]*s", {"cats/0", "dogs/0"}),
                         ("a[1].tar", {"3"}), ("other", {"2"}), ("o*r/**/*.TAR", {"2"})):
         found, skipped = read(stage, place)
         assert set(found) == keys and not skipped, place
-    monkeypatch.setenv("HOME", str(tmp_path))
-    args = stage(1).parse_args(["--data", "~/other", "--root", "~/root"])
-    assert (args.data, args.root) == (str(tmp_path / "other"), str(tmp_path / "root"))
 
 
 def test_a_tar_is_read_to_its_end_or_the_rest_is_said(stage, tmp_path):
     """A header damaged at any place, zeros, a missing end, a second tar behind the first."""
     whole = write_tar(tmp_path / "0.tar", pairs_of(*range(20))).read_bytes()
-    assert len(whole) == 51200
+    back = tarfile.TarInfo("20.jpg")
+    back.size = -1536                                      # leads backwards, for ever
 
     def after(data):
         found, skipped = read(stage, write(tmp_path, {"0.tar": data}) / "0.tar")
@@ -245,16 +236,11 @@ def test_a_tar_is_read_to_its_end_or_the_rest_is_said(stage, tmp_path):
     for at in (0, 1024, 9216, 39936):
         assert after(whole[:at] + b"?" + whole[at + 1:]) == (
             at // 2048, [f"{51200 - at} of 51200 bytes not read"])
-    zeros = bytes(len(whole) - 10240)
-    assert after(whole[:10240] + zeros) == (5, ["40960 of 51200 bytes not read"])
-    back = tarfile.TarInfo("20.jpg")
-    back.size = -1536                                      # leads backwards, for ever
-    path = write(tmp_path, {"0.tar": whole[:40960] + back.tobuf(tarfile.GNU_FORMAT)}) / "0.tar"
-    assert len([*itertools.islice(stage(1).list_members(str(path), []), 100)]) == 40
-    assert after(whole + whole)[1] and after(whole[:40960] + b"x" * 1024)[1]
-    found, said = after(whole[:40960])                     # no end mark
-    assert found == 20 and said
-    for good in (whole, whole[:40960] + bytes(1024), whole[:40960] + bytes(512), bytes(10240)):
+    assert after(whole[:10240] + bytes(40960)) == (5, ["40960 of 51200 bytes not read"])
+    for rest in (b"", b"x" * 1024, back.tobuf(tarfile.GNU_FORMAT), whole[40960:] + whole):
+        found, said = after(whole[:40960] + rest)
+        assert found == 20 and said
+    for good in (whole, whole[:40960] + bytes(512), bytes(10240)):
         assert not after(good)[1]
     for bad in (b"", b"<html>", zlib.compress(whole), b"\x1f\x8b" + whole[2:]):
         assert after(bad)[0] == 0 and after(bad)[1]
@@ -272,28 +258,23 @@ def test_files_of_a_key_that_are_apart_in_a_tar(stage, tmp_path):
 FIRST, LAST = "file_name,caption\n", '\n1.jpg,"one, with a comma"\n2.jpg,two\n'
 MISFIT, MISSING = "row that does not fit its table", "image file missing"
 TABLES = {
-    "plain": ('0.jpg,"zero\nof two lines, ""quoted"""', {"0": 'zero\nof two lines, "quoted"'}, {}),
-    "comma without quotes": ("0.jpg,a red, round ball", {}, {MISFIT: 1}),
-    "too few, empty lines": ("\n\n0.jpg", {}, {MISFIT: 1}),
-    "quotes behind a blank": ('0.jpg, "a red, round ball"', {"0": "a red, round ball"}, {}),
-    "an inch": ('0.jpg,a 5" nail', {"0": 'a 5" nail'}, {}),
-    "columns swapped": ("word " * 100 + ",0.jpg", {}, {MISSING: 1}),
-    "empty, nan": ("0.jpg,\n3.jpg,nan", {}, {SILENT: 2}),
-    "cp1252": ("0.jpg,caf\udce9", {}, {LOSSY: 1}),
-    "names above or without": ("../0.jpg,x\n/data/3.jpg,x\n,x", {}, {MISFIT: 2, MISSING: 1}),
+    "sound": ('0.jpg,"zero\nof two lines, ""quoted"""\n3.jpg,a 5" nail\n4.jpg, "red, round"\n'
+              'only.jpg,x', {"0": 'zero\nof two lines, "quoted"', "3": 'a 5" nail',
+                            "4": "red, round", "only": "x"}, {}),
+    "too many and too few columns": ("0.jpg,a red, round ball\n\n\n3.jpg", {}, {MISFIT: 2}),
+    "names above, without, swapped": ("../0.jpg,x\n/data/3.jpg,x\n,x\n" + "word " * 100 + ",4.jpg",
+                                      {}, {MISFIT: 2, MISSING: 2}),
     "another's name, no name, one of two": ("sub/3.jpg,x\n10.jpg,x\ntwin.jpg,x", {}, {MISSING: 3}),
-    "in another folder": ("only.jpg,x", {"only": "x"}, {}),
+    "captions": ("0.jpg,\n3.jpg,nan\n4.jpg,caf\udce9", {}, {SILENT: 2, LOSSY: 1}),
     "quote not closed": (FIRST + '3.jpg,x\n0.jpg,"never closed' + LAST, {"3": "x"}, {MISFIT: 1}),
     "Windows, a mark": ("\ufefffile_name,caption\r\n0.jpg,café\r\n", {"0": "café"}, {}),
-    "other columns": ("id,text,image\n7,x,0.jpg\n8,y,1.jpg\n", {"0": "x", "1": "y"}, {}),
-    "two captions": ("text,path,caption\nx,0.jpg,\ny,1.jpg,z\n", {"0": "x", "1": "z"}, {}),
+    "other columns": ("text,path,caption\nx,0.jpg,\ny,1.jpg,z\n", {"0": "x", "1": "z"}, {}),
     "lines of JSON": ("\n".join(['{"file_name": "0.jpg", "caption": ["x", "y", "z"]}', "",
                                  "{broken", "[1]", '{"file_name": ["0.jpg"], "caption": "x"}',
                                  '{"file_name": "1.jpg", "caption": "", "text": "y"}',
-                                 '{"caption": "x"}', '{"file_name": 2, "caption": "x"}',
-                                 '{"file_name": "3.jpg", "caption": "x", "license": null}',
+                                 '{"caption": "x"}',
                                  '{"file_name": "4.jpg", "caption": "a \\ud83d b"}\n']),
-                      {"0": "x", "1": "y", "3": "x"}, {MISFIT: 6, LOSSY: 1}),
+                      {"0": "x", "1": "y"}, {MISFIT: 5, LOSSY: 1}),
 }
 
 
@@ -323,13 +304,8 @@ def test_two_tables_or_one_of_other_things_leave_pairs_to_their_names(stage, tmp
 HOPELESS = {               # files; words of the one line that says what was found and what to do
     "nothing": ({}, "0 pictures, 0 texts and 0 tables"),
     "classes": ({"cats/0.jpg": RED, "dogs/0.jpg": RED}, "2 pictures, 0 texts"),
-    "names that differ": ({"images/0.jpg": RED, "texts/0.txt": b"x"}, "1 pictures, 1 texts"),
     "other columns": ({"0.jpg": RED, "a.csv": b"id,title\n0,x\n"}, "begins with b'id,title"),
-    "a caption elsewhere": ({"0.jpg": RED, "a.csv": b"image_id;comment\n0.jpg;x\n"}, "image_id;c"),
-    "two tables": ({"0.jpg": RED, "a.csv": b"image,text\n0.jpg,x\n", "b.csv": b"x"}, "2 tables"),
-    "utf-16": ({"0.jpg": RED, "a.csv": "image,text\n0.jpg,x\n".encode("utf-16")}, "1 tables"),
     "COCO": ({"0.jpg": RED, "captions.json": b'{"images": [], "annotations": []}'}, "1 texts"),
-    "parquet, gzip": ({"0.parquet": b"PAR1", "0.tar.gz": b"\x1f\x8b"}, "0 pictures"),
 }
 
 
@@ -345,58 +321,8 @@ def test_other_layouts_end_in_one_line_that_says_what_to_do(stage, tmp_path, kin
     assert "columns file_name or image" in text and "same name" in text
 
 
-@pytest.mark.parametrize("place", ["{00000..00012}.tar", "s3://bucket/x.tar", "pipe:cat x.tar",
-                                   "photos [2024]", "nowhere/*.tar"])
+@pytest.mark.parametrize("place", ["{00000..00012}.tar", "s3://bucket/x.tar", "nowhere/*.tar"])
 def test_places_that_are_not_there(stage, place):
     with pytest.raises(SystemExit, match="no such file or folder. Quote a pattern.*braces") as stop:
         launch(stage, 1, ["--data", place])
     assert "\n" not in str(stop.value) and "own.md has a script" in str(stop.value)
-
-
-@pytest.mark.parametrize("files", [{"0.jpg": RED}, {}, {"0.jpg": b"", "0.txt": b"x"}])
-def test_tars_without_a_pair_end_in_one_line(stage, tmp_path, capsys, files):
-    path = write_tar(tmp_path / "0.tar", files)
-    for more in ([], ["--val", str(path)]):
-        with pytest.raises(SystemExit, match="the (train|val) split has 0 readable pairs") as stop:
-            launch(stage, 1, ["--data", str(path), "--out", f"{tmp_path}/out", *more])
-        assert "\n" not in str(stop.value)
-    assert not (tmp_path / "out/pairs").exists()
-    assert "skipped" in capsys.readouterr().out or not files
-
-
-def test_a_file_that_goes_while_it_is_read_is_one_line(stage, tmp_path, monkeypatch):
-    s1, path = stage(1), write_tar(tmp_path / "0.tar", pairs_of(*range(40)))
-    listed = s1.list_tasks
-    monkeypatch.setattr(s1, "list_tasks", lambda *args: (listed(*args), os.unlink(path))[0])
-    with pytest.raises(SystemExit) as stop:
-        launch(stage, 1, ["--data", str(path), "--out", f"{tmp_path}/out"])
-    assert "\n" not in str(stop.value) and "0.tar" in str(stop.value)
-
-
-def test_metadata_of_a_sound_picture_costs_no_pixels(stage):
-    """EXIF turns a picture, even where it is broken; texts and profiles of any size."""
-    exif, image = Image.Exif(), Image.new("RGB", (16, 16))
-    exif[0x0112] = 6
-    image.paste((255, 255, 255), (0, 0, 16, 8))            # white above, once turned on the right
-    for broken in (None, 0x0100, 0x011A):                  # a width, a resolution: text
-        data, file = exif.tobytes(), io.BytesIO()
-        if broken:                                         # by hand: Pillow would not write it
-            data = data[:14] + struct.pack(">HHHL4sHHLHHL", 2, broken, 2, 4, b"abc\0", 0x0112, 3, 1,
-                                           6, 0, 0)
-        image.save(file, "PNG", exif=data)
-        found = stage(1).decode_image(file.getvalue(), 16)
-        assert found[:, 8, 12].tolist() == [255] * 3 and found[:, 8, 3].tolist() == [0] * 3, broken
-    text = zlib.compress(bytes(3 << 20))
-    for kind, data in ((b"zTXt", b"Comment\0\0" + text), (b"iTXt", b"Comment\0\1\0\0\0" + text),
-                       (b"iCCP", b"icc\0\0" + text)):
-        for at in (33, len(RED) - 12):                     # before and behind the pixels
-            found = stage(1).decode_image(RED[:at] + chunk(kind, data) + RED[at:], 8)
-            assert found[:, 3, 3].tolist() == [255, 0, 0], kind
-
-
-def test_odd_captions_can_be_drawn(stage, tmp_path):
-    captions = [stage(1).clean(data.decode(errors="replace")) for data, _ in TEXTS.values()]
-    figure, axes = stage(3).plt.subplots(2, 10)
-    stage(3).show_pictures(axes, stage(1).torch.zeros(len(captions), 3, 4, 4), captions)
-    stage(3).save_figure(figure, tmp_path / "captions.png")
-    assert (tmp_path / "captions.png").stat().st_size > 1000

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 
-from common import collect
 from conftest import ROOT, encode, launch, prepare, write_tar
 
 # A process that has imported the stages once is forked for each run, which saves seconds each time.
@@ -104,26 +103,6 @@ def without_clock(path):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
-def compare(one, two, names):
-    """Files of both folders are the same, bit for bit, and nothing unfinished is left."""
-    for name in names:
-        if name.endswith(".csv"):
-            assert without_clock(one / name) == without_clock(two / name), name
-        else:
-            assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    left = [file.name for file in two.rglob("*") if file.suffix in (".progress", ".part")]
-    assert not left
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in the same order in this process and in those that it starts."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def crawl(stage, tmp_path_factory):
     """Results of 01 to 03 on two tars with names, captions and strata outside ASCII, written while
@@ -163,6 +142,7 @@ def narrow(encoding):
 
 # ---- killed ----------------------------------------------------------------------------------
 SELECTED = ["--smoke", "--seeds", "1", "--selected"]
+QUICK = {(1, "SAVE_EVERY"): 0, (3, "CHUNK"): 64, (3, "draw_bands"): print}    # saves at every look
 KILLED = {                 # stage: flags, what is given, results, calls at which it is killed
     1: (["--smoke"], [], ["pairs/images.npy", "pairs/entries.npy", "proxy.pt", "proxy.csv"],
         {(1, "append"): (1, 10), (1, "split_rows"): (1, 2), (1, "descend"): (11, 13),
@@ -182,7 +162,7 @@ def test_killed_at_any_moment_and_continued_is_bit_identical(chain, tmp_path, nu
     half a run with other options is refused."""
     flags, given, results, places = KILLED[number]
     flags = flags + [str(chain / "selected-topk-0.5.csv")] * (number == 5)
-    how = {"changes": {(1, "SAVE_EVERY"): 0, (3, "CHUNK"): 64, (3, "draw_bands"): print}}
+    how = {"changes": QUICK}
     whole, broken = (copy(chain, tmp_path / name, *given) for name in ("whole", "broken"))
     if number == 1:
         shutil.rmtree(whole / "pairs")
@@ -198,7 +178,12 @@ def test_killed_at_any_moment_and_continued_is_bit_identical(chain, tmp_path, nu
     assert code == 1 and "begun with other" in said.splitlines()[-1], said
     code, said = attempt(broken, number, flags, **how)
     assert code == 0 and "continuing from" in said, said
-    compare(whole, broken, results)
+    for name in results:
+        if name.endswith(".csv"):
+            assert without_clock(whole / name) == without_clock(broken / name), name
+        else:
+            assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+    assert not [file for file in broken.rglob("*") if file.suffix in (".progress", ".part")]
 
 
 class Cut(Exception):
@@ -222,7 +207,7 @@ CSV = [*SELECTED, "CHAIN/selected-topk-0.5.csv"]
 
 @pytest.mark.parametrize("number,flags,strike,threads", [
     (1, [], (1, "read_task", 1, signal.SIGINT), 2),        # inside a worker
-    (1, [], (1, "append", 2, signal.SIGINT), 2), (1, [], (1, "append", 2, signal.SIGKILL), 2),
+    (1, [], (1, "append", 2, signal.SIGKILL), 2),
     (1, [], (1, "descend", 5, signal.SIGINT), 1),
     (3, [], (3, "show_pictures", 2, signal.SIGINT), 1),
     (4, ["--write-shards", "SHARDS"], ("os", "fsync", 4, signal.SIGINT), 1),
@@ -244,40 +229,28 @@ def test_ctrl_c_is_one_line_and_no_process_is_left(crawl, chain, tmp_path, numbe
     if strike[3] == signal.SIGINT:
         assert code == 130 and "stopped: the same command goes on" in said.splitlines()[-1], said
         assert not any(word in said.lower() for word in ("traceback", "error", "warning")), said
-    assert attempt(out, number, flags, threads=threads)[0] == 0
+    assert attempt(out, number, flags)[0] == 0
 
 
 # ---- a full disk, too little memory ----------------------------------------------------------
 @pytest.mark.parametrize("number,flags,limit,lacks", [
-    (1, ["--smoke"], 10 ** 5, "OUT: "), (1, ["--smoke"], 10 ** 6, "proxy.pt"),
-    (2, ["--smoke"], 10 ** 6, "rater.pt"), (3, [], 4000, "OUT: "),
-    (3, [], 9000, "ratings.csv"), (4, [], 1000, "selected-topk-0.5.csv"),
-    (5, CSV, 9000, "results.progress")])
+    (1, ["--smoke", "--size", "20"], 10 ** 5, "OUT: "), (1, ["--smoke"], 10 ** 6, "proxy.pt"),
+    (2, ["--smoke"], 10 ** 6, "rater.pt"), (3, [], 4000, "OUT: "), (3, [], 9000, "ratings.csv"),
+    (4, [], 1000, "selected-topk-0.5.csv"), (5, CSV, 9000, "results.progress")])
 def test_a_full_disk_is_one_line_and_earlier_files_survive(chain, tmp_path, number, flags, limit,
                                                            lacks):
     """A limit to the size of a file, as a disk that is full cannot be had without being root."""
     flags = [flag.replace("CHAIN", str(chain)) for flag in flags]
     out = copy(chain, tmp_path / "out", "*.pt", "*.npy", "*.json", "*.csv")
-    if number == 1 and limit == 10 ** 5:
-        shutil.rmtree(out / "pairs")
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     code, said = attempt(out, number, flags, limit=limit)
     assert code == 1 and "Traceback" not in said, said
     line, lacks = said.splitlines()[-1], lacks.replace("OUT", str(out))
     assert "File too large" in line and lacks in line and "run the same command again" in line
-    if lacks.endswith(".pt"):
+    if number < 3:
         assert all(file.read_bytes() == data for file, data in before.items())
-    assert attempt(out, number, flags)[0] == 0
-
-
-def test_ratings_have_their_room_before_the_first_is_written(stage, tmp_path, monkeypatch):
-    """A mapped file with holes would end the program by a signal when the disk gets full."""
-    pairs = collect(stage(1).draw_toy(16, 16, 0, "val")).take(np.arange(40000) % 16)
-    monkeypatch.setattr(stage(3), "score_chunk", cut_at(None, 1))
-    with pytest.raises(Cut):
-        stage(3).score({}, None, pairs, tmp_path / "ratings", 0, stage(1).Progress())
-    size = (tmp_path / "ratings.npy.part").stat()
-    assert size.st_blocks * 512 >= size.st_size > 10 ** 6
+    if number < 5:                                         # (5 goes on after Ctrl-C, above)
+        assert attempt(out, number, flags, changes=QUICK)[0] == 0
 
 
 @pytest.mark.parametrize("greedy", [lambda: torch.empty(10 ** 15), lambda: np.empty(10 ** 15)])
@@ -291,9 +264,7 @@ def test_too_little_memory_is_one_line_with_the_cure(stage, tmp_path, greedy):
 
 @pytest.mark.parametrize("place,error", [
     ("multiprocessing.synchronize.SemLock.__init__", OSError(38, "Function not implemented")),
-    ("multiprocessing.synchronize.SemLock.__init__", ImportError("no sem_open")),
-    ("torch.UntypedStorage._share_fd_cpu_", AssertionError("shared memory")),
-    ("torch.UntypedStorage._share_filename_cpu_", AssertionError("shared memory"))])
+    ("torch.UntypedStorage._share_fd_cpu_", AssertionError("shared memory"))])
 def test_a_machine_without_semaphores_or_shared_memory(stage, crawl, tmp_path, monkeypatch, capfd,
                                                        place, error):
     """As where /dev/shm cannot be written, is not there, or has 64 MB: what workers read goes
@@ -301,7 +272,7 @@ def test_a_machine_without_semaphores_or_shared_memory(stage, crawl, tmp_path, m
     def refuse(*args, **kwargs):
         raise error
     monkeypatch.setattr(place, refuse)
-    torch.set_num_threads(2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     prepare(stage, tmp_path, *read_crawl(crawl[0].parent))
     for name in ("images.npy", "tokens.npy", "texts.jsonl"):
         assert (tmp_path / "pairs" / name).read_bytes() == (crawl[0] / "pairs" / name).read_bytes()
@@ -333,11 +304,9 @@ def damage(path):
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
-def replace_by(name):
-    def replaced(path):
-        for kind in (path.suffix, ".json"):
-            shutil.copy((path.parent / name).with_suffix(kind), path.with_suffix(kind))
-    return replaced
+def replace(path):
+    for kind in (".pt", ".json"):
+        shutil.copy(path.with_name(f"rater-loss{kind}"), path.with_suffix(kind))
 
 
 OWN = ["--selected", "OUT/selected-topk-0.5.csv"]
@@ -345,22 +314,15 @@ OWN = ["--selected", "OUT/selected-topk-0.5.csv"]
 
 @pytest.mark.parametrize("changed,how,number,flags,message", [
     ("pairs/made.json", run_again, 2, [], "proxy.pt was .* another .*made.json .*run 01_proxy.py"),
-    ("pairs/made.json", run_again, 4, [], "another .*made.json .*run 0[13]"),
     ("proxy.pt", run_again, 3, [], "rater.pt was .* another .*proxy.pt .*run 02_meta_rater.py"),
-    ("proxy.pt", run_again, 4, [], "another .*proxy.pt .*run 02_meta_rater.py"),
     ("proxy.pt", run_again, 5, OWN, "another .*proxy.pt .*run 02_meta_rater.py"),
     ("rater.pt", run_again, 4, [], "ratings.npy was .* another .*rater.pt .*run 03_score.py"),
     ("rater.pt", run_again, 4, ["--ratings", "OUT/ratings.csv"], "another .*rater.pt .*run 03_sc"),
-    ("rater.pt", run_again, 5, OWN, "another .*rater.pt .*run 03_score.py"),
     ("ratings.npy", run_again, 5, OWN, "selected-.* another .*ratings.npy .*run 04_select.py"),
-    ("proxy.pt", damage, 2, [], "proxy.pt and its .json are not as 01_proxy.py wrote them"),
     ("proxy.json", damage, 2, [], "proxy.pt and its .json are not as 01_proxy.py wrote them"),
     ("rater.pt", damage, 3, [], "rater.pt and its .json are not as 02_meta_rater.py wrote them"),
-    ("proxy.pt", replace_by("rater.pt"), 2, [], "proxy.pt was .* another .*run 02_meta_rater.py"),
-    ("rater.pt", replace_by("rater-loss.pt"), 3, [], "are not as 02_meta_rater.py wrote them"),
+    ("rater.pt", replace, 3, [], "are not as 02_meta_rater.py wrote them"),
     ("ratings.npy", damage, 4, [], "ratings.npy: "),
-    ("ratings.csv", damage, 4, ["--ratings", "OUT/ratings.csv"], "ratings.csv"),
-    ("proxy.pt", os.remove, 2, [], "proxy.pt is missing: run 01_proxy.py"),
     ("rater.pt", os.remove, 3, [], "rater.pt is missing: run 02_meta_rater.py"),
     ("proxy.progress", Path.touch, 2, [], "01_proxy.py was interrupted; run it"),
     ("proxy.progress", Path.touch, 1, ["--smoke"], "cannot be read: delete it to begin anew")])
@@ -389,22 +351,17 @@ def test_edited_ratings_are_taken_as_ones_own(stage, chain, tmp_path, capsys):
     assert not rows[0] & rows[1]
 
 
-@pytest.mark.parametrize("number,function,changed", [
-    (2, "meta_step", "proxy.pt"), (3, "score_chunk", "rater.pt")])
-def test_an_interrupted_run_knows_what_it_read(
-        stage, chain, tmp_path, monkeypatch, number, function, changed):
+def test_an_interrupted_run_knows_what_it_read(stage, chain, tmp_path, monkeypatch):
     """Interrupted, an earlier stage run again, and the same command: half of either is refused."""
-    out = copy(chain, tmp_path / "out", "proxy.*", "rater.*")
-    flags = ["--smoke"] * (number == 2) + ["--out", str(out)]
+    out = copy(chain, tmp_path / "out", "proxy.*")
+    flags = ["--smoke", "--out", str(out)]
     monkeypatch.setattr(stage(1), "SAVE_EVERY", 0)
-    monkeypatch.setattr(stage(3), "CHUNK", 64)
     with monkeypatch.context() as patch, pytest.raises(Cut):
-        failing = cut_at(getattr(stage(number), function), 11 if number == 2 else 3)
-        patch.setattr(stage(number), function, failing)
-        launch(stage, number, flags)
-    run_again(out / changed)
-    with pytest.raises(SystemExit, match=f"begun with other .*{changed}: .*delete the file"):
-        launch(stage, number, flags)
+        patch.setattr(stage(2), "meta_step", cut_at(stage(2).meta_step, 11))
+        launch(stage, 2, flags)
+    run_again(out / "proxy.pt")
+    with pytest.raises(SystemExit, match="begun with other .*proxy.pt: .*delete the file"):
+        launch(stage, 2, flags)
 
 
 # ---- numbers that are not finite -------------------------------------------------------------
@@ -435,32 +392,24 @@ def test_nan_stops_at_its_step_with_one_line(stage, chain, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_nan_in_one_of_the_arms_is_one_line_too(chain, tmp_path):
-    out = copy(chain, tmp_path / "out", "proxy.*")
-    words = [flag.replace("CHAIN", str(chain)) for flag in CSV]
-    done = subprocess.run([sys.executable, ROOT / "05_train_eval.py", "--out", out, "--lr", "1e14",
-                           *words], env={**os.environ, "OMP_NUM_THREADS": "2"}, text=True,
-                          capture_output=True, timeout=300)
-    assert done.returncode == 1 and "is not finite: lower --lr" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr and "earlier step" not in done.stderr
+    flags = [*SELECTED, str(chain / "selected-topk-0.5.csv"), "--lr", "1e14"]
+    code, said = attempt(copy(chain, tmp_path / "out", "proxy.*"), 5, flags, threads=2)
+    assert code == 1 and "is not finite: lower --lr" in said.splitlines()[-1], said
+    assert "Traceback" not in said and "earlier step" not in said
 
 
 # ---- a narrow encoding -----------------------------------------------------------------------
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_names_outside_the_terminals_letters(stage, crawl, tmp_path, encoding):
+def test_names_outside_the_terminals_letters(stage, crawl, tmp_path):
     """What the terminal lacks is ? there, in all stages (01 to 03: `crawl`); files are whole."""
     (out, files), shards = crawl, tmp_path / "половина"
     out = copy(out, tmp_path / "out", "*.pt", "*.json", "*.npy", "*.csv")
-    with narrow(encoding) as screen:
+    with narrow("cp1252") as screen:
         launch(stage, 4, ["--out", str(out), "--write-shards", str(shards)])
         launch(stage, 5, ["--smoke", "--seeds", "1", "--batch-size", "4", "--out", str(out),
                           "--selected", str(out / "selected-topk-0.5.csv")])
-    assert "wrote" in screen.buffer.getvalue().decode(encoding)
+    assert "wrote" in screen.buffer.getvalue().decode("cp1252")
     with tarfile.open(shards / "000000.tar") as tar:
         members = {member.name: tar.extractfile(member).read() for member in tar}
     assert members and all(files[name] == data for name, data in members.items())
     keys = [row["key"] for row in without_clock(out / "selected-topk-0.5.csv")]
     assert keys == list(dict.fromkeys(name.split(".")[0] for name in members))
-    with contextlib.redirect_stdout(io.StringIO()) as text:                   # as in a notebook
-        stage(1).launch(lambda args, device: stage(1).print0("±"),
-                        stage(1).parse_args(["--out", str(out)]))
-    assert text.getvalue() == "±\n"

@@ -13,8 +13,8 @@ import torch
 
 from common import collect
 from conftest import ROOT, TORCHRUN, launch, run
-from test_faults import (SELECTED, SERVER, STAGES, attempt, begin, copy, members, wait_for,
-                         without_clock)
+from test_faults import (QUICK, SELECTED, SERVER, STAGES, attempt, begin, copy, members,
+                         wait_for, without_clock)
 
 
 def find_ranks(n=2):
@@ -57,13 +57,13 @@ def test_two_processes_do_what_one_does(chain, tmp_path, number):
     """
     flags, strike, results, apart = TRIED[number]
     flags = [flag.replace("CHAIN", str(chain)) for flag in flags]
-    how = {"changes": {(1, "SAVE_EVERY"): 0, (3, "CHUNK"): 64}}
     one, two = (copy(chain, tmp_path / name, *["proxy.*", "rater.*"][:number - 1])
                 for name in ("one", "two"))
     if number == 1:
         shutil.rmtree(two / "pairs")
-    assert attempt(one, number, flags, **how)[0] == 0
-    said = attempt_together(two, number, flags, (*strike, signal.SIGKILL, False), **how)
+    assert attempt(one, number, flags, changes=QUICK)[0] == 0
+    said = attempt_together(two, number, flags, (*strike, signal.SIGKILL, False),
+                            changes=QUICK)
     assert said.startswith("waiting for 2 processes, this is number 0; without torchrun, unset")
     assert "continuing from" in said
     for name, columns in results.items():

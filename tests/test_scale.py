@@ -2,7 +2,6 @@
 tars."""
 import io
 import json
-import os
 import tarfile
 from contextlib import nullcontext
 
@@ -39,19 +38,17 @@ def picture(rng):
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory):
-    """600 pairs in three tars, with other files, files without a picture, and suffixes of two
+    """300 pairs in three tars, with other files, files without a picture, and suffixes of two
     words."""
     folder, rng = tmp_path_factory.mktemp("tars"), np.random.default_rng(0)
     for number in range(3):
         files = {}
-        for k in range(200):
+        for k in range(100):
             key = f"{rng.choice(['', 'a/', 'v1.0/b c/'])}{number}{k:03d}"
             kinds = {"jpg": picture(rng), "txt": f"caption {rng.integers(100)}".encode(),
                      "cls": b"7", "seg.png": encode(colour=(k, 0, 0)), "json": b'{"caption": "no"}'}
-            if k % 50 == 3:
-                del kinds["txt"], kinds["json"]
-            if k % 50 == 4:
-                del kinds["jpg"], kinds["seg.png"]
+            for name in {3: ("txt", "json"), 4: ("jpg", "seg.png")}.get(k % 50, ()):
+                del kinds[name]
             files |= {f"{key}.{kind}": kinds[kind] for kind in rng.permutation(list(kinds))}
         write_tar(folder / f"train-{number}.tar", files)
     return folder
@@ -62,12 +59,13 @@ def test_tars_are_read_as_webdataset_says(stage, tars, tmp_path, capsys, monkeyp
     right = {key: (stage(1).decode_image(files["jpg"], 16), files["txt"].decode())
              for key, files in read_by_webdataset(sorted(tars.iterdir()))
              if {"jpg", "txt"} <= files.keys()}
-    assert len(right) == 576
+    assert len(right) == 288
+    monkeypatch.setattr(stage(1), "LEAST", 4)
     for n, place in ((1, tars), (2, f"{tars}/train-*.tar")):
         monkeypatch.setattr(stage(1).torch, "get_num_threads", lambda n=n: n)
         splits = prepare(stage, tmp_path / f"{n}", "--data", place, "--batch-size", "8")
         said = capsys.readouterr().out
-        for number, reason in ((12, "no caption"), (12, "no picture beside"), (588, "further pic")):
+        for number, reason in ((6, "no caption"), (6, "no picture beside"), (294, "further pic")):
             assert f"skipped {number} ({reason}" in said
         found = {key: (pairs.images[row], caption) for pairs in splits.values()
                  for key, row, caption in zip(pairs.read("key"), pairs.rows, pairs.read("caption"))}
@@ -75,7 +73,7 @@ def test_tars_are_read_as_webdataset_says(stage, tars, tmp_path, capsys, monkeyp
         for key, (image, caption) in right.items():
             assert caption == found[key][1] and np.array_equal(image, found[key][0]), key
         keys = splits["train"].read("key")
-        assert len(keys) > 480 and keys == [key for key in right if key in {*keys}]
+        assert len(keys) > 230 and keys == [key for key in right if key in {*keys}]
 
 
 def take_home(stage, out, flags, keep="1"):
@@ -109,17 +107,15 @@ def test_new_shards_of_folders_and_tables(stage, tmp_path):
     """Names with dots, folders, letters and marks of every kind; captions with commas and lines."""
     rng = np.random.default_rng(0)
     names = {"img.1": "one", "img.2": 'two, or "2"', "deep/v1.0/3.4": "three\nlines", "50%": "four",
-             "a%2Eb": "five", "ü 红": "six",
-             **{f"rest/{k}": f"rest {k}" for k in range(30)}}
-    pictures = {f"{name}.webp": picture(rng) for name in names}
-    write(tmp_path / "table", pictures | {"all.jsonl": "\n".join(
-        json.dumps({"file_name": f"{name}.webp", "caption": [text, "more"], "id": None})
-        for name, text in names.items()).encode()})
+             "a%2Eb": "five", "ü 红": "six", **{f"rest/{k}": f"rest {k}" for k in range(30)}}
+    right = {text: picture(rng) for text in names.values()}
+    write(tmp_path / "table", {f"{name}.webp": right[text] for name, text in names.items()} | {
+        "all.jsonl": "\n".join(json.dumps({"file_name": f"{name}.webp", "caption": [text, "more"]})
+                               for name, text in names.items()).encode()})
     for name, text in names.items():                       # a dot ends a key there
-        write(tmp_path / "loose", {f"{name.replace('.', '-')}.webp": pictures[f"{name}.webp"],
+        write(tmp_path / "loose", {f"{name.replace('.', '-')}.webp": right[text],
                                    f"{name.replace('.', '-')}.txt": text.encode()})
     write_pictures(stage, tmp_path / "val", 50)
-    right = {text: pictures[f"{name}.webp"] for name, text in names.items()}
     for data in ("table", "loose"):
         pairs, new, paths = take_home(stage, tmp_path / f"of {data}", [
             "--data", tmp_path / data, "--val", tmp_path / "val"])
@@ -129,7 +125,7 @@ def test_new_shards_of_folders_and_tables(stage, tmp_path):
         assert {captions[key]: files["webp"] for key, files in read_by_webdataset(paths)} == right
 
 
-def test_the_first_readable_pair_of_a_key_is_taken_home_if_no_file_has_changed(stage, tmp_path):
+def test_the_first_readable_pair_of_a_key_is_taken_home(stage, tmp_path):
     rng = np.random.default_rng(0)
     good = {f"{k}.{kind}": data for k in range(30) for kind, data in (
         ("png", picture(rng)), ("txt", b"x"))}
@@ -140,32 +136,3 @@ def test_the_first_readable_pair_of_a_key_is_taken_home_if_no_file_has_changed(s
     _, _, paths = take_home(stage, tmp_path, ["--data", data, "--val", tmp_path / "val"])
     found = dict(read_by_webdataset(paths))
     assert len(found) == 30 and found["0"]["png"] == good["0.png"]
-    write_tar(data / "b.tar", good | {"3.txt": b"another"})
-    with pytest.raises(SystemExit, match="has changed since its pairs were prepared") as stop:
-        launch(stage, 4, ["--out", str(tmp_path), "--write-shards", f"{tmp_path}/newer"])
-    assert "\n" not in str(stop.value) and not [*(tmp_path / "newer").glob("*.tar")]
-
-
-def test_corpora_whose_names_are_alike_never_meet(stage, tmp_path, monkeypatch):
-    """`photos/2023` and `photos-2023`, here and above, in other letters: refused or apart."""
-    out = tmp_path / "here/out"
-    out.mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "here")
-    names = ["photos-2023", "photos/2023", "../photos-2023", "photos 2023", "photos-2023.tar",
-             "PHOTOS-2023", "фото", "ФОТО", "写真", "寫真", "कि", "की", "é", "e\u0301", "x" * 120,
-             "写" * 82]
-    known = {}
-    for name in names:
-        files = {f"{k}.{kind}": data for k in range(16) for kind, data in (
-            ("png", encode()), ("txt", name.encode()))}
-        (write_tar if name.endswith(".tar") else write)(tmp_path / "here" / name, files)
-        try:
-            folder = stage(3).prepare_other(name, out, stage(1).parse_args([]))
-        except SystemExit as stop:
-            assert "holds the pairs of" in str(stop) and "name another --out" in str(stop)
-            continue
-        assert folder not in known and len(os.fsencode(folder.name)) < 225    # a stem of others
-        known[folder] = [name] * 16
-    assert len(known) >= 9
-    for folder, captions in known.items():
-        assert stage(1).open_pairs(folder).read("caption") == captions
