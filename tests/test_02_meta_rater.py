@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import collect
+from common import collect, spearman
 from conftest import launch
 
 SIZE, PATCH, WORDS, GROUP = 8, 4, 4, 4
@@ -47,44 +47,28 @@ def flat(net):
 
 # ---- eqs. 6 and 7 ------------------------------------------------------------------------------
 def test_eq7_weights(stage):
-    rater = make_rater(stage)
-    x, c, _, _ = make_batch(8, 1)
+    """By hand from the features of the first of two groups."""
+    rater, (x, c, _, _) = make_rater(stage), make_batch(8, 1)
     W_inst, W_batch = stage(2).weigh(rater, x, c, GROUP)
     assert W_inst.shape == (2, GROUP) and W_batch.shape == (2, 1)
-    assert torch.allclose(W_inst.sum(1), torch.ones(2))
-    alone, _ = stage(2).weigh(rater, x[:GROUP], c[:GROUP], GROUP)      # groups do not mix
-    assert torch.allclose(alone[0], W_inst[0], atol=1e-6)
-    f = rater.features(x, c)[:GROUP]
+    f = rater.features(x[:GROUP], c[:GROUP])
     odds = rater.instance(f)[:, 0].exp()
     assert torch.allclose(odds / odds.sum(), W_inst[0], atol=1e-5)
     joined = torch.cat([f.mean(0), ((f - f.mean(0)) ** 2).mean(0)])
     assert torch.allclose(rater.group(joined).sigmoid(), W_batch[0], atol=1e-5)
 
 
-def test_eq6_gradient_equals_a_sum_over_single_pairs(stage):
-    """Without the additions the gradient is the mean over groups of sum_i gap_i grad W_i."""
-    rater = make_rater(stage).double()
-    x, c, _, _ = make_batch(8, 1)
-    gap = torch.randn(2, GROUP).double()
-    params = [p for p in rater.parameters() if p.requires_grad]
+def test_eq6_is_the_gradient_of_weights_times_gaps(stage):
+    """Without the additions: the mean over groups of sum_i gap_i grad W_i."""
+    rater, (x, c, _, _) = make_rater(stage).double(), make_batch(8, 1)
+    gap, params = torch.randn(2, GROUP).double(), list(rater.parameters())
     W_inst, W_batch = stage(2).weigh(rater, x.double(), c, GROUP)
     total = (gap * W_inst.detach()).sum(1, keepdim=True)
-    grads = torch.autograd.grad(stage(2).rater_objective(W_inst, W_batch, gap, total), params)
-    naive = [torch.zeros_like(p) for p in params]
-    for group in range(2):
-        for i in range(GROUP):
-            W_inst, W_batch = stage(2).weigh(rater, x.double(), c, GROUP)
-            W_i = W_inst[group, i] * W_batch[group, 0]
-            for total, grad in zip(naive, torch.autograd.grad(W_i, params, allow_unused=True)):
-                total += gap[group, i] * (0 if grad is None else grad) / 2
-    assert max(g.abs().max() for g in naive) > 1e-4
-    for grad, expected in zip(grads, naive):
-        assert torch.allclose(grad, expected, atol=1e-12)
-
-
-def spearman(a, b):
-    ranks = torch.stack([a, b]).argsort(1).argsort(1).float()
-    return torch.corrcoef(ranks)[0, 1].item()
+    found, expected = (torch.autograd.grad(objective, params, retain_graph=True) for objective in (
+        stage(2).rater_objective(W_inst, W_batch, gap, total), (gap * W_inst * W_batch).sum() / 2))
+    assert max(grad.abs().max() for grad in expected) > 1e-4
+    for one, two in zip(found, expected):
+        assert torch.allclose(one, two, atol=1e-12)
 
 
 def descend_by_hand(stage, net, W, train, val, beta, steps):
@@ -132,21 +116,19 @@ def test_exact_meta_gradient_against_finite_differences(stage):
 
 
 # ---- what is added to the paper ----------------------------------------------------------------
-def test_lower_signal_gains_weight_and_the_regularised_optimum_is_the_signal(stage):
+def test_the_regularised_optimum_is_the_signal(stage):
     """The entropy term turns the logit into -signal / tau; without it one pair takes all."""
     s, tau = torch.tensor([[-1.0, 0.0, 0.5, 1.0]]), 2.0
     for weight, ends in ((tau, (-s / tau).softmax(1)), (0.0, torch.tensor([[1.0, 0, 0, 0]]))):
         logits = torch.zeros(1, 4, requires_grad=True)
-        opt = torch.optim.Adam([logits], 0.05)
-        for k in range(600):
+        opt = torch.optim.Adam([logits], 0.1)
+        for _ in range(300):
             W = logits.softmax(1)
             loss = stage(2).rater_objective(W, torch.ones(1, 1), s, torch.zeros(1, 1))
             loss = loss + weight * stage(2).negative_entropy(W, torch.full((1, 1), 0.5))
             opt.zero_grad()
             loss.backward()
             opt.step()
-            if k == 0:
-                assert logits[0, 0] > logits[0, 3]
         assert torch.allclose(logits.softmax(1), ends, atol=0.01)
 
 
@@ -155,7 +137,6 @@ def test_the_signal_is_ranked_in_its_group_and_its_total_among_groups(stage):
     scores = stage(2).rank_normal(torch.tensor([[5.0, -1e6, 7.0, 6.0]]))
     normal = torch.distributions.Normal(0.0, 1.0)
     assert torch.allclose(scores, normal.icdf(torch.tensor([[3.0, 1.0, 7.0, 5.0]]) / 8), atol=1e-5)
-    assert stage(2).rank_normal(torch.tensor([3.0])).abs() < 1e-6
     signal = torch.tensor([[3.0, -1.0, 0.0], [0.1, 90.0, 0.2], [-5.0, 0.0, 1.0]])
     W = torch.full((3, 3), 1 / 3)                          # totals 0.7, 30.1 and -1.3
     low, middle, high = stage(2).rank_normal(torch.arange(3.0))
@@ -237,25 +218,11 @@ def test_the_rater_rests_in_the_first_step_and_in_no_other(stage):
 
 # ---- the stage ---------------------------------------------------------------------------------
 def test_collapse_is_said_in_words(stage):
-    def warn(**health):
-        numbers = {"ess": 0.8, "W_batch": 0.5, "logit_std": 0.4} | health
-        return stage(2).warn_of_collapse(*(numbers.get(name, 0.0) for name in stage(2).COLUMNS))
-    signs = {"few pairs": {"ess": 0.1}, "alike": {"logit_std": 1e-3}, "is stuck": {"W_batch": 1e-3}}
-    assert warn() == ""
-    for sign, health in signs.items():
-        assert [other for other in signs if other in warn(**health)] == [sign]
-    assert stage(1).re.search("COLLAPSE: a few pairs.*; .* is stuck", warn(ess=0.1, W_batch=0.9999))
-
-
-@pytest.mark.parametrize("flags, message", [
-    ("--batch-size 128", "256 training and 64 validation pairs do not both fill --batch-size 128"),
-    ("--batch-size 80", "80 must be even, and a multiple of 32 pairs, a group, times 1 processes"),
-    ("--batch-size 7", "--batch-size 7 must be even"), ("--batch-size 1", "1 must be even")])
-def test_batches_that_cannot_be_meant_are_refused(stage, chain, flags, message):
-    before = (chain / "rater.json").read_bytes()
-    with pytest.raises(SystemExit, match=message) as stop:
-        launch(stage, 2, [*flags.split(), "--steps", "1", "--out", str(chain)])
-    assert "\n" not in stop.value.code and (chain / "rater.json").read_bytes() == before
+    healthy = dict.fromkeys(stage(2).COLUMNS, 0.5)
+    assert stage(2).warn_of_collapse(*healthy.values()) == ""
+    for name, value, sign in (("ess", 0.1, "few pairs"), ("logit_std", 1e-3, "alike"),
+                              ("W_batch", 1e-3, "is stuck"), ("W_batch", 0.9999, "is stuck")):
+        assert sign in stage(2).warn_of_collapse(*(healthy | {name: value}).values())
 
 
 def test_both_proxies_start_from_the_warm_one_and_end_in_one_file(stage, chain, tmp_path):
