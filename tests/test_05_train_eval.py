@@ -34,13 +34,13 @@ def test_frechet_distance_closed_forms(stage):
 def test_judge_learns_clean_pairs_and_sees_wrong_captions_and_noise(stage):
     val, test = (collect(stage(1).draw_toy(n, 16, 5, split)) for n, split in (
         (300, "val"), (128, "test")))
-    judge = stage(2).train_contrast(val, 120, seed=0)
+    judge = stage(2).train_contrast(val, 120, 0, 64)
     x, captions = test.batch()[0], test.read("caption")
     reference = stage(5).moments(judge.embed_images(x)[0])
     noisy = (x + 0.4 * torch.randn(x.shape)).clamp(-1, 1)
     real, swapped, noisy = (stage(5).judge_images(judge, images, texts, reference) for images, texts
                             in ((x, captions), (x, captions[7:] + captions[:7]), (noisy, captions)))
-    assert real["match"] > 80 and real["distance"] == pytest.approx(0, abs=1e-4)
+    assert real["match"] > 60 and real["distance"] == pytest.approx(0, abs=1e-4)
     assert swapped["match"] < 20 and swapped["score"] < real["score"] - 20
     assert noisy["distance"] > 0.1
 
