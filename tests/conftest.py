@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 GPU_ALONE = any("test_gpu.py" in word for word in sys.argv)
 GPUS = {k: v for k, v in os.environ.items() if k == "CUDA_VISIBLE_DEVICES"}
@@ -104,6 +105,13 @@ def stage():
     """stage(1) .. stage(5): the modules under test."""
     names = ["01_proxy", "02_meta_rater", "03_score", "04_select", "05_train_eval"]
     return lambda number: importlib.import_module(names[number - 1])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small(stage):
+    """Figures of three bands and 16 drawn images an arm, in this process, to save time."""
+    with (mock.patch.object(stage(3), "BANDS", 3), mock.patch.object(stage(5), "DRAWN", 16)):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,8 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from common import collect
+from common import collect, spearman
 from conftest import launch
 
 SIZE, PATCH, WORDS, GROUP = 8, 4, 4, 4
@@ -46,45 +45,17 @@ def flat(net):
 
 
 # ---- eqs. 6 and 7 ------------------------------------------------------------------------------
-def test_eq7_weights(stage):
-    rater = make_rater(stage)
-    x, c, _, _ = make_batch(8, 1)
-    W_inst, W_batch = stage(2).weigh(rater, x, c, GROUP)
-    assert W_inst.shape == (2, GROUP) and W_batch.shape == (2, 1)
-    assert torch.allclose(W_inst.sum(1), torch.ones(2))
-    alone, _ = stage(2).weigh(rater, x[:GROUP], c[:GROUP], GROUP)      # groups do not mix
-    assert torch.allclose(alone[0], W_inst[0], atol=1e-6)
-    f = rater.features(x, c)[:GROUP]
-    odds = rater.instance(f)[:, 0].exp()
-    assert torch.allclose(odds / odds.sum(), W_inst[0], atol=1e-5)
-    joined = torch.cat([f.mean(0), ((f - f.mean(0)) ** 2).mean(0)])
-    assert torch.allclose(rater.group(joined).sigmoid(), W_batch[0], atol=1e-5)
-
-
-def test_eq6_gradient_equals_a_sum_over_single_pairs(stage):
-    """Without the additions the gradient is the mean over groups of sum_i gap_i grad W_i."""
-    rater = make_rater(stage).double()
-    x, c, _, _ = make_batch(8, 1)
-    gap = torch.randn(2, GROUP).double()
-    params = [p for p in rater.parameters() if p.requires_grad]
+def test_eq6_is_the_gradient_of_weights_times_gaps(stage):
+    """Without the additions: the mean over groups of sum_i gap_i grad W_i."""
+    rater, (x, c, _, _) = make_rater(stage).double(), make_batch(8, 1)
+    gap, params = torch.randn(2, GROUP).double(), list(rater.parameters())
     W_inst, W_batch = stage(2).weigh(rater, x.double(), c, GROUP)
     total = (gap * W_inst.detach()).sum(1, keepdim=True)
-    grads = torch.autograd.grad(stage(2).rater_objective(W_inst, W_batch, gap, total), params)
-    naive = [torch.zeros_like(p) for p in params]
-    for group in range(2):
-        for i in range(GROUP):
-            W_inst, W_batch = stage(2).weigh(rater, x.double(), c, GROUP)
-            W_i = W_inst[group, i] * W_batch[group, 0]
-            for total, grad in zip(naive, torch.autograd.grad(W_i, params, allow_unused=True)):
-                total += gap[group, i] * (0 if grad is None else grad) / 2
-    assert max(g.abs().max() for g in naive) > 1e-4
-    for grad, expected in zip(grads, naive):
-        assert torch.allclose(grad, expected, atol=1e-12)
-
-
-def spearman(a, b):
-    ranks = torch.stack([a, b]).argsort(1).argsort(1).float()
-    return torch.corrcoef(ranks)[0, 1].item()
+    found, expected = (torch.autograd.grad(objective, params, retain_graph=True) for objective in (
+        stage(2).rater_objective(W_inst, W_batch, gap, total), (gap * W_inst * W_batch).sum() / 2))
+    assert max(grad.abs().max() for grad in expected) > 1e-4
+    for one, two in zip(found, expected):
+        assert torch.allclose(one, two, atol=1e-12)
 
 
 def descend_by_hand(stage, net, W, train, val, beta, steps):
@@ -117,36 +88,20 @@ def test_eq6_with_shared_noise_is_the_unrolled_meta_gradient(stage, steps):
         assert torch.allclose(theta - hat, exact, atol=0.2 * exact.abs().max())
 
 
-def test_exact_meta_gradient_against_finite_differences(stage):
-    train, val = ([v.double() if v.is_floating_point() else v for v in make_batch(6, k)]
-                  for k in (1, 2))
-    W = torch.rand(6).double()
-    exact = stage(2).exact_meta_gradient(make_proxy(stage).double(), train, val, W, 0.1, 2)
-    for i in range(3):
-        step = 1e-5 * F.one_hot(torch.tensor(i), 6)
-        nets = [descend_by_hand(stage, make_proxy(stage).double(), W + sign * step, train, None,
-                                0.1, 2) for sign in (1, -1)]
-        with torch.no_grad():
-            high, low = (stage(1).flow_loss(net, *val).mean().item() for net in nets)
-        assert (high - low) / 2e-5 == pytest.approx(exact[i].item(), rel=1e-3)
-
-
 # ---- what is added to the paper ----------------------------------------------------------------
-def test_lower_signal_gains_weight_and_the_regularised_optimum_is_the_signal(stage):
+def test_the_regularised_optimum_is_the_signal(stage):
     """The entropy term turns the logit into -signal / tau; without it one pair takes all."""
     s, tau = torch.tensor([[-1.0, 0.0, 0.5, 1.0]]), 2.0
     for weight, ends in ((tau, (-s / tau).softmax(1)), (0.0, torch.tensor([[1.0, 0, 0, 0]]))):
         logits = torch.zeros(1, 4, requires_grad=True)
-        opt = torch.optim.Adam([logits], 0.05)
-        for k in range(600):
+        opt = torch.optim.Adam([logits], 0.1)
+        for _ in range(300):
             W = logits.softmax(1)
             loss = stage(2).rater_objective(W, torch.ones(1, 1), s, torch.zeros(1, 1))
             loss = loss + weight * stage(2).negative_entropy(W, torch.full((1, 1), 0.5))
             opt.zero_grad()
             loss.backward()
             opt.step()
-            if k == 0:
-                assert logits[0, 0] > logits[0, 3]
         assert torch.allclose(logits.softmax(1), ends, atol=0.01)
 
 
@@ -155,7 +110,6 @@ def test_the_signal_is_ranked_in_its_group_and_its_total_among_groups(stage):
     scores = stage(2).rank_normal(torch.tensor([[5.0, -1e6, 7.0, 6.0]]))
     normal = torch.distributions.Normal(0.0, 1.0)
     assert torch.allclose(scores, normal.icdf(torch.tensor([[3.0, 1.0, 7.0, 5.0]]) / 8), atol=1e-5)
-    assert stage(2).rank_normal(torch.tensor([3.0])).abs() < 1e-6
     signal = torch.tensor([[3.0, -1.0, 0.0], [0.1, 90.0, 0.2], [-5.0, 0.0, 1.0]])
     W = torch.full((3, 3), 1 / 3)                          # totals 0.7, 30.1 and -1.3
     low, middle, high = stage(2).rank_normal(torch.arange(3.0))
@@ -176,8 +130,9 @@ def expect(stage, nets, train, val, rng, args):
     L_theta, L_hat = (s1.flow_loss(nets[name], train[0], seen, *noise) for name in ("proxy", "ref"))
     L_val = s1.flow_loss(nets["proxy"], val[0], seen_val, *noise_val).mean()
     f = nets["rater"].features(*train).view(groups, GROUP, -1)
-    W_inst = nets["rater"].logits(f).softmax(1)
-    W_batch = nets["rater"].group_weight(f.mean(1), f.var(1, unbiased=False))[:, 0]
+    W_inst = nets["rater"].instance(f)[..., 0].softmax(1)
+    moments = torch.cat([f.mean(1), f.var(1, unbiased=False)], 1)
+    W_batch = nets["rater"].group(moments).sigmoid()[:, 0]
     W = (W_inst * W_batch[:, None]).flatten().detach()
     gap = (L_theta - L_hat).detach()
     signal = (gap if args.signal == "difference" else L_theta.detach()).view(groups, GROUP)
@@ -236,38 +191,13 @@ def test_the_rater_rests_in_the_first_step_and_in_no_other(stage):
 
 
 # ---- the stage ---------------------------------------------------------------------------------
-def test_collapse_is_said_in_words(stage):
-    def warn(**health):
-        numbers = {"ess": 0.8, "W_batch": 0.5, "logit_std": 0.4} | health
-        return stage(2).warn_of_collapse(*(numbers.get(name, 0.0) for name in stage(2).COLUMNS))
-    signs = {"few pairs": {"ess": 0.1}, "alike": {"logit_std": 1e-3}, "is stuck": {"W_batch": 1e-3}}
-    assert warn() == ""
-    for sign, health in signs.items():
-        assert [other for other in signs if other in warn(**health)] == [sign]
-    assert stage(1).re.search("COLLAPSE: a few pairs.*; .* is stuck", warn(ess=0.1, W_batch=0.9999))
-
-
-@pytest.mark.parametrize("flags, message", [
-    ("--batch-size 128", "256 training and 64 validation pairs do not both fill --batch-size 128"),
-    ("--batch-size 80", "80 must be even, and a multiple of 32 pairs, a group, times 1 processes"),
-    ("--batch-size 7", "--batch-size 7 must be even"), ("--batch-size 1", "1 must be even")])
-def test_batches_that_cannot_be_meant_are_refused(stage, chain, flags, message):
-    before = (chain / "rater.json").read_bytes()
-    with pytest.raises(SystemExit, match=message) as stop:
-        launch(stage, 2, [*flags.split(), "--steps", "1", "--out", str(chain)])
-    assert "\n" not in stop.value.code and (chain / "rater.json").read_bytes() == before
-
-
-def test_both_proxies_start_from_the_warm_one_and_end_in_one_file(stage, chain, tmp_path):
-    """The log has a row a step; a rater of each signal stands beside the other."""
+def test_both_proxies_start_from_the_warm_one(stage, chain, tmp_path):
+    """A rater of each signal stands beside the other."""
     out = shutil.copytree(chain, tmp_path / "out")
-    flags = ["--smoke", "--steps", "1", "--lr", "1e-9", "--out", str(out)]
-    launch(stage, 2, [*flags, "--signal", "loss"])
+    launch(stage, 2, ["--smoke", "--steps", "1", "--lr", "1e-9", "--signal", "loss",
+                      "--out", str(out)])
     _, weights = stage(1).load(out / "rater-loss.pt", "02_meta_rater.py --signal loss")
     _, warm = stage(1).load(out / "proxy.pt", "01_proxy.py")
     for name in ("proxy", "ref"):
         assert all(torch.allclose(weights[name][key], warm[key], atol=1e-6) for key in warm)
     assert (out / "rater.pt").read_bytes() == (chain / "rater.pt").read_bytes()
-    head, row = (out / "rater-loss.csv").read_text().splitlines()
-    numbers = dict(zip(head.split(","), map(float, row.split(","))))
-    assert list(numbers) == ["step", *stage(2).COLUMNS] and abs(numbers["gap_mean"]) < 1e-6

@@ -1,7 +1,7 @@
 """Stage 5: the metrics against closed forms, the statistics, the choice of rows, the comparison."""
 import csv
-import math
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from common import collect
-from conftest import launch, write_tar
+from conftest import launch
+from test_faults import Cut, cut_at
 
 
 # ---- metrics and statistics ------------------------------------------------------------------
@@ -26,21 +27,20 @@ def test_frechet_distance_closed_forms(stage):
     expected = ((mu1 - mu2) ** 2).sum() + np.trace(S1) + np.trace(S2) - 2 * roots
     assert distance(mu1, S1, mu2, S2) == pytest.approx(expected)
     assert distance(mu1, S1, mu2, S2) == pytest.approx(distance(mu2, S2, mu1, S1))
-    low = np.cov(A[:4].T)                                           # singular: 4 samples, 6 numbers
-    assert distance(mu1, low, mu1, low) == pytest.approx(0, abs=1e-6)
     mean, S = stage(5).moments(torch.tensor(A))
     assert mean == pytest.approx(mu1) and S == pytest.approx(S1)
 
 
 def test_judge_learns_clean_pairs_and_sees_wrong_captions_and_noise(stage):
-    val, test = (collect(stage(1).draw_toy(600, 16, 5, split)) for split in ("val", "test"))
-    judge = stage(2).train_contrast(val, 200, seed=0)
-    x, captions = test.batch(np.arange(256))[0], test.read("caption", np.arange(256))
+    val, test = (collect(stage(1).draw_toy(n, 16, 5, split)) for n, split in (
+        (300, "val"), (128, "test")))
+    judge = stage(2).train_contrast(val, 120, 0, 64)
+    x, captions = test.batch()[0], test.read("caption")
     reference = stage(5).moments(judge.embed_images(x)[0])
     noisy = (x + 0.4 * torch.randn(x.shape)).clamp(-1, 1)
     real, swapped, noisy = (stage(5).judge_images(judge, images, texts, reference) for images, texts
                             in ((x, captions), (x, captions[7:] + captions[:7]), (noisy, captions)))
-    assert real["match"] > 80 and real["distance"] == pytest.approx(0, abs=1e-4)
+    assert real["match"] > 60 and real["distance"] == pytest.approx(0, abs=1e-4)
     assert swapped["match"] < 20 and swapped["score"] < real["score"] - 20
     assert noisy["distance"] > 0.1
 
@@ -114,17 +114,12 @@ def test_selections_of_one_name_are_two_arms(stage, tmp_path):
 
 TEN = "".join(f"{row}\n" for row in range(10))
 SELECTIONS = {             # what a file of row numbers of 256 pairs may not hold
-    "empty": ("", "no column row"), "no header": ("3,train000003\n4,train000004\n", "no column"),
-    "no row": ("row,key\n", "each once at most"), "a key alone": ("key\na\n", "no column"),
+    "empty": ("", "no column row"), "no row": ("row,key\n", "each once at most"),
     "twice": (f"row\n{TEN}9\n", "each once at most"), "beyond": (f"row\n{TEN}256\n", "0 to 255"),
-    "negative": (f"row\n-1\n{TEN}", "0 to 255"), "none": (f"row\n{TEN}nan\n", "0 to 255"),
-    "half": (f"row\n{TEN}10.5\n", "s.csv"), "words": ("row\nfirst\n", "first"),
-    "folder": (None, "s.csv"),
+    "negative": (f"row\n-1\n{TEN}", "0 to 255"), "half": (f"row\n{TEN}10.5\n", "s.csv"),
     "few": (f"row\n{TEN}", "10 pairs are fewer than --batch-size"),
-    "short line": ("key,row\ntrain000003,3\ntrain000004\n", "s.csv"),
     "other keys": ("row,key\n3,train000003\n5,train000006\n",
-                   "another corpus: train000006 is not the key"),
-    "utf-16": ("\ufeffrow\n1\n".encode("utf-16"), "s.csv"), "array": (np.arange(9, 40), "s.npy")}
+                   "another corpus: train000006 is not the key")}
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
@@ -132,47 +127,23 @@ def test_selections_are_checked_before_all_training(stage, chain, tmp_path, monk
     """The judge would be the first to train."""
     monkeypatch.setattr(stage(2), "train_contrast", None)
     content, message = SELECTIONS[name]
-    file = tmp_path / f"s.{'npy' if isinstance(content, np.ndarray) else 'csv'}"
-    if content is None:
-        file.mkdir()
-    elif isinstance(content, np.ndarray):
-        np.save(file, content)
-    else:
-        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "s.csv").write_text(content)
     good = write_rows(tmp_path / "good.csv", range(20))
     with pytest.raises(SystemExit, match=message) as stop:
-        launch(stage, 5, ["--smoke", "--out", str(chain), "--selected", good, str(file)])
+        launch(stage, 5, ["--smoke", "--out", str(chain), "--selected", good, f"{tmp_path}/s.csv"])
     assert "\n" not in stop.value.code
 
 
-def test_a_selection_that_is_not_there_is_one_line(stage, chain, monkeypatch):
-    monkeypatch.setattr(stage(2), "train_contrast", None)
-    with pytest.raises(SystemExit, match="^nowhere.csv is missing: 04_select.py"):
-        launch(stage, 5, ["--smoke", "--out", str(chain), "--selected", "nowhere.csv"])
-
-
 def test_an_arm_without_its_ratings_is_left_out_with_the_command(stage, chain, tmp_path, capsys):
-    for file in chain.glob("ratings-loss.*"):
-        shutil.copy(file, tmp_path / file.name.replace("-loss", ""))
+    shutil.copy(chain / "ratings.npy", tmp_path)
     arms = [arm for arm in stage(5).ARMS if arm.keep == 0.5]
-    contrast = stage(5).Arm("contrast", "ratings", "topk", 0.5, rank_by="rating,contrast")
     args = stage(5).parse_args(["--out", str(tmp_path)])
-    found = stage(5).list_arms(args, None, None, [*arms, contrast])
-    assert found == [arm for arm in arms if arm.ratings != "ratings-loss"]
-    said = capsys.readouterr().out
-    assert "no column rating (03_score.py --signal loss writes it)" in said
-    assert "no column rating,contrast (03_score.py --baselines writes it)" in said
+    found = stage(5).list_arms(args, None, None, arms)
+    assert found == [arm for arm in arms if arm.ratings != "ratings-loss"] != arms
+    assert "no column rating (03_score.py --signal loss writes it)" in capsys.readouterr().out
 
 
 # ---- the comparison --------------------------------------------------------------------------
-@pytest.fixture()
-def alone(stage, monkeypatch):
-    """Arms one after another, in this process, with 16 drawn images; no large figure."""
-    monkeypatch.setattr(stage(3), "draw_bands", lambda *_: None)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(stage(5), "DRAWN", 16)
-
-
 def compare(stage, out, *flags):
     """Rows of results.csv after stage 5 has compared the files of stage 4 in `out`."""
     files = sorted(map(str, out.glob("selected-*.csv")))
@@ -183,7 +154,7 @@ def compare(stage, out, *flags):
 
 
 def test_a_comparison_that_was_killed_goes_on_with_the_next_arm(
-        stage, chain, tmp_path, monkeypatch, alone, capsys):
+        stage, chain, tmp_path, monkeypatch, capsys):
     """To the same numbers, a row an arm and seed; what is drawn is saved with its captions."""
     whole, out = (shutil.copytree(chain, tmp_path / name) for name in ("whole", "out"))
     for folder in (whole, out):
@@ -193,19 +164,12 @@ def test_a_comparison_that_was_killed_goes_on_with_the_next_arm(
     assert [(row["pairs"], row["steps"]) for row in expected[:3]] == [
         ("256", "16"), ("128", "8"), ("128", "8")]         # half the pairs, half the steps
     assert len({row["held-out"] for row in expected}) == 6
-    calls, evaluate = [], stage(5).evaluate
-
-    def count(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise ValueError("killed")
-        return evaluate(*args)
-    monkeypatch.setattr(stage(5), "evaluate", count)
-    flags = ["--save-images", str(tmp_path / "im")]
-    with pytest.raises(ValueError, match="killed"):
+    evaluate, flags = mock.Mock(side_effect=stage(5).evaluate), ["--save-images", f"{tmp_path}/im"]
+    monkeypatch.setattr(stage(5), "evaluate", evaluate)
+    with mock.patch.object(stage(1), "train", cut_at(stage(1).train, 3)), pytest.raises(Cut):
         compare(stage, out, *flags)
     assert len((out / "results.csv").read_text().split("\n")) == 4
-    assert compare(stage, out, *flags) == expected and len(calls) == 3 + 4
+    assert compare(stage, out, *flags) == expected and evaluate.call_count == 2 + 4
     said, table = capsys.readouterr().out, (out / "results.md").read_text()
     assert "6 models, 64 steps" in said and table in said and not list(out.glob("*.progress"))
     assert table.count("| selected-topk-0.5 | full |") == 1
@@ -216,12 +180,11 @@ def test_a_comparison_that_was_killed_goes_on_with_the_next_arm(
         pictures, texts = tmp_path / "im" / folder, tmp_path / "im" / f"{folder}-captions"
         assert len(list(pictures.iterdir())) == n and len(list(texts.iterdir())) == n
         assert (texts / "000005.txt").read_text() == test.read("caption", [5])[0]
-        assert np.asarray(Image.open(pictures / "000005.png")).shape == (16, 16, 3)
     real = np.asarray(Image.open(tmp_path / "im/real/000005.png")).transpose(2, 0, 1)
     assert (real == test.images[test.rows[5]]).all()
 
 
-def test_planted_pairs_are_in_no_arm(stage, chain, tmp_path, monkeypatch, alone, capsys):
+def test_planted_pairs_are_in_no_arm(stage, chain, tmp_path, monkeypatch, capsys):
     """Neither in those of stage 4 nor in full and random, which stand beside them."""
     out, shown, train = shutil.copytree(chain, tmp_path / "out"), [], stage(1).train
     entries, rows = np.load(out / "pairs/entries.npy"), np.load(out / "pairs/train.npy")
@@ -240,58 +203,13 @@ def test_planted_pairs_are_in_no_arm(stage, chain, tmp_path, monkeypatch, alone,
     assert "100 pairs with planted dirt are in no arm" in said
 
 
-def test_the_half_that_was_written_home_and_rated_is_not_compared_here(
-        stage, tmp_path, alone):
-    """Its rows are rows of its own shards; what was planted stays in neither."""
-    files = {}
-    for key, image, caption, _ in stage(1).draw_toy(600, 16, 0, "train"):
-        Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "one.png")
-        files |= {f"{key}.png": (tmp_path / "one.png").read_bytes(), f"{key}.txt": caption.encode()}
-    write_tar(tmp_path / "all.tar", files)
-    out = ["--out", str(tmp_path / "out")]
-    launch(stage, 1, ["--smoke", *out, "--data", f"{tmp_path}/all.tar", "--plant", "captions=0.2"])
-    launch(stage, 2, ["--smoke", *out])
-    launch(stage, 3, out)
-    launch(stage, 4, [*out, "--write-shards", f"{tmp_path}/half"])
-    launch(stage, 3, [*out, "--data", f"{tmp_path}/half"])
-    ratings, = (tmp_path / "out").glob("ratings-of-*half.npy")
-    launch(stage, 4, [*out, "--ratings", str(ratings)])
-    selected, = (tmp_path / "out").glob("selected-of-*.csv")
-    home = stage(1).open_pairs(tmp_path / "out/pairs")
-    half = stage(1).open_pairs(tmp_path / "out" / ratings.stem.replace("ratings", "pairs"))
-    chosen = home.read("key", stage(4).read_rows(tmp_path / "out/selected-topk-0.5.csv", home))
-    assert half.read("key") == chosen and set(half.strata()) == {""}
-    with pytest.raises(SystemExit, match="chooses among pairs-of-.*half, and stage 5 compares"):
-        launch(stage, 5, ["--smoke", *out, "--selected", str(selected)])
-    selected.unlink()
-    assert [row["pairs"] for row in compare(stage, tmp_path / "out", "--seeds", "1")][1:] == [
-        str(len(chosen))] * 2                              # the first half itself is compared
-
-
-def test_work_side_by_side_comes_in_order(stage):
-    """By two processes, and by none."""
-    numbers = [float(k) for k in range(20)]
-    for cores in (1, 2):
-        found = stage(5).run_side_by_side(math.sqrt, numbers, cores)
-        assert list(found) == [math.sqrt(k) for k in numbers]
-
-
 @pytest.mark.slow
 def test_arms_side_by_side_give_the_numbers_of_arms_in_turn(stage, chain, tmp_path, monkeypatch):
+    """Each with the 512 images that the other processes draw."""
     found = []
+    monkeypatch.setattr(stage(5), "DRAWN", 512)
     for cores in (1, 2):
         out = shutil.copytree(chain, tmp_path / str(cores))
         monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
         found.append(compare(stage, out, "--seeds", "1"))
     assert found[0] == found[1] and len(found[0]) == 4
-
-
-def test_what_is_typed_beside_smoke_counts(stage):
-    for number, flags in ((1, ["--steps", "60"]), (2, ["--tau", "0.5"]), (5, ["--seeds", "1"])):
-        usual, smoke = stage(number).parse_args([]), stage(number).parse_args(["--smoke"])
-        typed = stage(number).parse_args([*flags, "--smoke"])
-        name = flags[0][2:]
-        assert getattr(typed, name) == float(flags[1]) != getattr(smoke, name)
-        assert {k: v for k, v in vars(typed).items() if k != name} == {
-            k: v for k, v in vars(smoke).items() if k != name}
-        assert typed.batch_size == 16 != usual.batch_size

@@ -111,28 +111,6 @@ def test_bf16_keeps_the_order_of_the_gaps(stage, nets):
 
 
 @on_gpu
-def test_no_step_waits_for_the_device(stage, nets, monkeypatch):
-    """Between two looks nothing is copied back; a copy that waits is an error here."""
-    monkeypatch.undo()                                     # the noise of the GPU itself
-    pairs, net = draw_pairs(stage, "train", DEVICE, 256), nets(DEVICE)["proxy"]
-    stage(1).train(net, pairs, 2, 64, 1e-3, 0)
-    batch, calls = stage(1).draw_batches, []
-
-    def watched(*args):
-        for rows in batch(*args):
-            calls.append(rows)
-            torch.cuda.set_sync_debug_mode("error" if 2 < len(calls) < 9 else "default")
-            yield rows
-    monkeypatch.setattr(stage(1), "draw_batches", watched)
-    progress = stage(1).Progress()
-    try:
-        stage(1).train(net, pairs, 9, 64, 1e-3, 0, progress=progress)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len(progress.log) == 9
-
-
-@on_gpu
 def test_a_run_that_was_stopped_continues(stage, tmp_path, monkeypatch):
     """01 to 1e-3, in bf16 as it began."""
     monkeypatch.setattr(stage(1), "SAVE_EVERY", 0)

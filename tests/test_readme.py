@@ -4,8 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import tarfile
 
 import pytest
@@ -32,13 +30,10 @@ def test_every_equation_is_where_the_table_says(stage, numbers, file, functions)
         assert re.search(rf"[Ee]qs?\. [\d, -]*\b{number}\b", source), number
 
 
-def test_the_table_has_all_equations():
-    found = {number for numbers, _, _ in EQUATIONS for number in re.findall(r"\d+", numbers)}
-    assert found == {str(number) for number in range(1, 12)}
-
-
 def test_the_equations_printed_name_the_function_that_has_them(stage):
-    assert len(PRINTED) == 4
+    """And the table of the differences has all of them."""
+    found = {number for numbers, _, _ in EQUATIONS for number in re.findall(r"\d+", numbers)}
+    assert found == {str(number) for number in range(1, 12)} and len(PRINTED) == 4
     for equation in PRINTED:
         number, file, name = re.search(r"eq\. (\d+).* 0(\d): (\w+)", equation, re.S).groups()
         source = inspect.getsource(getattr(stage(int(file)), name))
@@ -81,12 +76,11 @@ def test_the_script_for_coco_writes_pairs_that_stage_1_learns_from(stage, tmp_pa
         notes["annotations"].append({"image_id": k, "caption": caption})
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/captions_train2017.json").write_text(json.dumps(notes))
-    (tmp_path / "coco.py").write_text(script)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    subprocess.run([sys.executable, "coco.py"], cwd=tmp_path, check=True, timeout=120)
-    flags = ["--data", "own", "--words", "16", "--smoke", "--out", str(tmp_path / "coco")]
+    monkeypatch.chdir(tmp_path)
+    exec(script, {"__name__": "coco"})
+    flags = ["--data", "own", "--words", "16", "--smoke", "--out", "coco"]
     launch(stage, 1, [*flags, "--size", "32"])
-    pairs = stage(1).open_pairs(tmp_path / "coco/pairs")
+    pairs = stage(1).open_pairs(stage(1).Path("coco/pairs"))
     assert len(pairs) == 48 and pairs.images.shape[2] == 32
     (key,), (caption,) = pairs.read("key", [0]), pairs.read("caption", [0])
     assert caption == notes["annotations"][int(key)]["caption"]
