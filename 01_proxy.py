@@ -618,7 +618,8 @@ def split_dataset(args):
             if len(split.targets) != len(split.data) or max(split.targets) >= len(split.classes):
                 raise ValueError("labels and pictures do not belong to each other")
     except Exception as error:                             # of another file under its name, any
-        raise SystemExit(f"{args.data} could not be read or downloaded ({error}): put the files of "
+        why = " ".join(str(error).split())
+        raise SystemExit(f"{args.data} could not be read or downloaded ({why}): put the files of "
                          f"torchvision.datasets.{args.data} into --root {args.root} by hand")
     order, test_order = (rng.permutation(len(split)) for split in (data, test))
     trusted = min(DATASET_TRUSTED, len(data) // 5)

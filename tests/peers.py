@@ -65,7 +65,7 @@ def compare_clip():
     state = {name: value for name, value in model.eval().state_dict().items()
              if name != "attn_mask"}
     judge = Judge(lambda x: torch.zeros(len(x), 1), None)
-    judge.clip = s5.Clip(state).eval()
+    judge.clip = s5.Clip().eval()
     judge.clip.load_state_dict(dict(state))
     judge.tokenize = s5.ClipTokenizer(next(Path(open_clip.__file__).parent.glob("bpe*")))
     ids = open_clip.get_tokenizer("ViT-B-32-quickgelu")(CAPTIONS)

@@ -173,15 +173,14 @@ WRONG = {                  # file: what stands in it instead, of the raw folder
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_files_of_a_data_set_end_in_one_line_with_all_names(stage, tmp_path, offline, wrong):
+def test_wrong_files_of_a_data_set_end_in_one_line(stage, tmp_path, offline, wrong):
     write_fashion(tmp_path)
     raw, (file, data) = tmp_path / "FashionMNIST/raw", WRONG[wrong]
     (raw / file).write_bytes(data(raw))
     with pytest.raises(SystemExit, match="FashionMNIST could not be read or downloaded") as stop:
         prepare(stage, tmp_path, "--data", "FashionMNIST", "--root", tmp_path)
     text = str(stop.value)
-    assert "\n" not in text and str(raw) in text and "--root" in text
-    assert all(name in text for name in (IMAGES, LABELS, OTHER, "t10k-images-idx3-ubyte"))
+    assert "\n" not in text and f"--root {tmp_path}" in text
     assert not (tmp_path / "pairs").exists()
 
 
@@ -211,17 +210,3 @@ def test_a_cache_that_cannot_be_written_is_one_line_with_the_cure(stage, tmp_pat
         with pytest.raises(SystemExit, match="could not be read or downloaded.*--root") as stop:
             launch(stage, 1, ["--out", str(tmp_path), "--data", *flags])
         assert "\n" not in str(stop.value)
-
-
-# ---- the dials -----------------------------------------------------------------------------------
-def test_captions_read_at_a_proxy_that_reads_them_and_at_one_that_does_not(stage):
-    def know(reads):
-        """A proxy that knows from the caption how bright the picture is, or ignores it."""
-        return lambda x_t, t, c: (x_t - reads * c[:, :1, None, None] / 10) / t[:, None, None, None]
-    pairs = collect(("", np.full((3, 4, 4), 127.5 * (k / 10 + 1), np.uint8), "", "")
-                    for k in range(1, 10))
-    pairs.tokens = np.arange(1, 10, dtype=np.int16)[:, None]
-    assert stage(1).read_captions(know(1), pairs, 0) == 1
-    assert stage(1).read_captions(know(0), pairs, 0) == 0         # no loss differs at all
-    pairs.tokens = np.ones((9, 1), np.int16)
-    assert np.isnan(stage(1).read_captions(know(1), pairs, 0))

@@ -6,6 +6,7 @@ import torch
 
 from common import collect, spearman
 from conftest import launch
+from meta_gradient import exact_meta_gradient
 
 SIZE, PATCH, WORDS, GROUP = 8, 4, 4, 4
 
@@ -40,15 +41,20 @@ def make_nets(stage, steps=30):
     return nets, {name: torch.optim.SGD(net.parameters(), 0.1) for name, net in nets.items()}
 
 
+def trained(net):
+    """All but the rater's contrastive network."""
+    return [p for p in net.parameters() if p.requires_grad]
+
+
 def flat(net):
-    return torch.nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+    return torch.nn.utils.parameters_to_vector(trained(net)).detach().clone()
 
 
 # ---- eqs. 6 and 7 ------------------------------------------------------------------------------
 def test_eq6_is_the_gradient_of_weights_times_gaps(stage):
     """Without the additions: the mean over groups of sum_i gap_i grad W_i."""
     rater, (x, c, _, _) = make_rater(stage).double(), make_batch(8, 1)
-    gap, params = torch.randn(2, GROUP).double(), list(rater.parameters())
+    gap, params = torch.randn(2, GROUP).double(), trained(rater)
     W_inst, W_batch = stage(2).weigh(rater, x.double(), c, GROUP)
     total = (gap * W_inst.detach()).sum(1, keepdim=True)
     found, expected = (torch.autograd.grad(objective, params, retain_graph=True) for objective in (
@@ -75,7 +81,7 @@ def test_eq6_with_shared_noise_is_the_unrolled_meta_gradient(stage, steps):
     """Rank correlation near 1 with one noise for both proxies, far below with two."""
     n, beta, train, val = 32, 0.01, make_batch(32, 100), make_batch(32, 200)
     W = torch.full((n,), 1 / n)
-    exact = stage(2).exact_meta_gradient(make_proxy(stage), train, val, W, beta, steps)
+    exact = exact_meta_gradient(make_proxy(stage), train, val, W, beta, steps)
     nets = [descend_by_hand(stage, make_proxy(stage), W, train, with_val, beta, steps)
             for with_val in (val, None)]                       # theta, theta_hat
     other = (*train[:2], *make_batch(n, 300)[2:])
@@ -145,7 +151,7 @@ def expect(stage, nets, train, val, rng, args):
     moved = {}
     for name, loss in losses.items():
         grads = torch.cat([g.flatten() for g in torch.autograd.grad(
-            loss, list(nets[name].parameters()), retain_graph=True)])
+            loss, trained(nets[name]), retain_graph=True)])
         moved[name] = flat(nets[name]) - 0.1 * grads * min(1.0, 2 / grads.norm().item())
     return moved, {"val": L_val, "ref": L_hat.mean(), "gap_mean": gap.mean(), "gap_std": gap.std(),
                    "W_batch": W_batch.mean()}
@@ -188,6 +194,23 @@ def test_the_rater_rests_in_the_first_step_and_in_no_other(stage):
         stage(2).learn(nets, pairs, pairs, args, 0, progress)
         assert torch.equal(flat(nets["rater"]), first) == rests
         assert len(progress.log) == steps - done
+
+
+def test_the_cosine_is_an_input_that_no_step_changes(stage):
+    """Features follow the contrastive network's cosine, which stays frozen to the bit."""
+    nets, opts = make_nets(stage, 20)
+    rater, (x, c) = nets["rater"], make_batch(8, 1)[:2]
+    before = [p.clone() for p in rater.contrast.parameters()]
+    with torch.no_grad():
+        seen = rater.features(x, c)
+        rater.contrast.compare = lambda x, c: torch.linspace(-1, 1, 8)
+        other = rater.features(x, c)
+    del rater.contrast.compare
+    assert seen.shape == (8, 17)
+    assert not torch.allclose(seen, other, atol=0.1)
+    args = stage(2).parse_args([])
+    stage(2).meta_step(nets, opts, (x, c), make_batch(8, 2)[:2], stage(1).seeded("cpu", 1), args)
+    assert all(torch.equal(*both) for both in zip(before, rater.contrast.parameters()))
 
 
 # ---- the stage ---------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Stage 5, the standard metrics: against references written apart from them, on random weights."""
+import functools
 import gzip
 import hashlib
 import warnings
@@ -113,7 +114,7 @@ def clip_block(state, prefix, h, mask):
 
 def test_clip_towers(stage):
     state = {name: value.double() for name, value in make_clip_state(128, 64).items()}
-    net = stage(5).Clip(state).double().eval()
+    net = stage(5).Clip((128, 2, 8, 32, 16), (64, 2), (600, 77)).double().eval()
     net.load_state_dict(state)
     ids = torch.randint(1, 500, (3, 77), generator=torch.Generator().manual_seed(1))
     ids[:, 20] = 599                                             # end of text
@@ -213,6 +214,9 @@ def weights(stage, files, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(files / name)
         digest = hashlib.sha256((files / name).read_bytes()).hexdigest()
         monkeypatch.setitem(stage(5).WEIGHTS, what, (f"https://example.org/files/{name}", digest))
+    small = functools.partial(stage(5).Clip, (64, 2, 8, 32, 16), (64, 2), (515, 77))
+    monkeypatch.setattr(stage(5), "Clip", small)
+    monkeypatch.setattr(stage(5), "SIDE", 32)
     return tmp_path
 
 
@@ -233,13 +237,13 @@ def test_standard_judge_has_the_interface_of_the_mini_one(stage, weights):
     assert torch.equal(judge.clip.visual.proj, state["visual.proj"])
     texts = judge.embed_captions(["he", "he he", "he"])
     assert texts.shape == (3, 16) and torch.equal(texts[0], texts[2])
-    assert not torch.allclose(texts[0], texts[1]) and judge.size == 32
+    assert not torch.allclose(texts[0], texts[1])
 
 
 @pytest.mark.parametrize("what, damage, message", [
     ("clip", "cut", "clip.pt is not the public file .SHA-256 differs"),
     ("inception", "bit", "inception.pth is not the public file .SHA-256 differs"),
-    ("clip", "gone", "clip.pt could not be read .*get https://example.org/.*--weights")])
+    ("clip", "gone", "clip.pt is missing: download it from https://example.org/")])
 def test_files_are_checked_before_any_is_read(stage, weights, monkeypatch, what, damage, message):
     """A pickle that is not the public one could run anything."""
     file = weights / stage(5).WEIGHTS[what][0].rpartition("/")[2]

@@ -79,11 +79,11 @@ def test_a_step_of_every_stage(stage, nets, precision, tolerance):
                                      val.batch(np.arange(64)), stage(1).seeded(device, 0), args)
         companions = stage(3).draw_companions(made["rater"], 32, train, 0)
         torch.manual_seed(0)
-        made["contrast"] = stage(2).Contrast(16, 8).to(device).requires_grad_(False)
+        judge = made["rater"].contrast
         scores = stage(3).score_chunk(made, x, c, companions, stage(1).seeded(device, 2))
         x, _ = test.batch()
-        reference = stage(5).moments(made["contrast"].embed_images(x.flip(0)[:150])[0])
-        judged = stage(5).judge_images(made["contrast"], x, test.read("caption"), reference)
+        reference = stage(5).moments(judge.embed_images(x.flip(0)[:150])[0])
+        judged = stage(5).judge_images(judge, x, test.read("caption"), reference)
         drawn = stage(1).sample(made["proxy"], c, eps, 4)
         found.append([v.detach().cpu().double() for v in (
             loss, norm, torch.stack(numbers), scores, drawn, torch.tensor([*judged.values()]),
