@@ -6,7 +6,6 @@ folder and as a tar), TABLES (what a table says) and HOPELESS (places without a 
 import csv
 import io
 import json
-import os
 import struct
 import tarfile
 import zlib
@@ -31,11 +30,11 @@ def deep(values):
 
 RED, BLUE, JPEG = encode(colour=(255, 0, 0)), encode(colour=(0, 0, 255)), encode(
     kind="JPEG", colour=(0, 255, 0))
-GIF = encode(kind="GIF", colour=(255, 0, 0), save_all=True, append_images=[Image.new("RGB", (9, 9))])
+GIF = encode(kind="GIF", colour=(255, 0, 0), save_all=True, append_images=[Image.new("1", (9, 9))])
 MUCH, BOMB = zlib.compress(bytes(3 << 20)), encode("1", size=(20000, 10000))
 UNREADABLE, SILENT, LOSSY = "unreadable image", "no caption beside it", "caption is not UTF-8"
 ODD, LARGE = f"{UNREADABLE}: one channel of more than 8 bits", f"{UNREADABLE}: Image size exceeds"
-REDS, GREENS, BLUES, BLACK, WHITE = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255,) * 3)
+REDS, GREENS, BLACK, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 0), (255, 255, 255)
 
 PICTURES = {               # file: (its bytes, the colour as read or the reason why it is not)
     "good.jpg": (JPEG, GREENS), "capitals.JPG": (JPEG, GREENS), "png as.jpg": (RED, REDS),
@@ -48,14 +47,11 @@ PICTURES = {               # file: (its bytes, the colour as read or the reason 
     "black and white.png": (encode("1", colour=1), WHITE), "palette.png": (encode("P"), BLACK),
     "clear.png": (encode("RGBA", colour=(255, 0, 0, 0)), WHITE),
     "grey and clear.png": (encode("LA", colour=(0, 0)), WHITE),
-    "a colour that is clear.png": (encode("L", transparency=0), WHITE),
     "one pixel.png": (encode(size=(1, 1)), BLACK), "thin.png": (encode(size=(30000, 2)), BLACK),
     "frames.gif": (GIF, REDS), "animated.png": (GIF, REDS),
     "sixteen bit.png": (encode("I;16", colour=40000), ODD),
-    "not a number.tif": (deep(np.float32([np.nan, 200])), ODD),
-    "infinite.tif": (deep(np.float32([np.inf, -np.inf])), ODD),
+    "not a number.tif": (deep(np.float32([np.nan, np.inf, 200])), ODD),
     "no data.tif": (deep(np.int32([-9999, -2 ** 31, 5])), ODD),
-    "sixteen bit, no data.tif": (deep(np.uint16([65535, 300])), ODD),
     'comma, "quote".png': (RED, REDS), "Ünï/cøde 50%.png": (RED, REDS),
 }
 TEXTS = {                  # file: (its bytes, the caption as read or the reason why it is not)
@@ -64,11 +60,9 @@ TEXTS = {                  # file: (its bytes, the caption as read or the reason
     "controls.txt": (b"a\x07b\x1b[31m \x00 red", "a b [31m   red"),
     "right to left.txt": ("قطة على".encode(), "قطة على"), "emoji.caption": ("😀🐈".encode(), "😀🐈"),
     "cp1252.txt": (b"caf\xe9", LOSSY), "utf-16.txt": ("café".encode("utf-16"), LOSSY),
-    "a.json": (b'{"caption": "json"}', "json"), "number.json": (b'{"caption": 5}', SILENT),
+    "a.json": (b'{"caption": "x"}', "x"), "other.json": (b'{"title": "x"}', f"{SILENT}, but title"),
     "list.json": (b'{"caption": ["x", "y"], "text": "z"}', "x"), "b.json": (b'["caption"]', SILENT),
-    "second name.json": (b'{"caption": null, "prompt": "x"}', "x"),
     "half a letter.json": (b'{"caption": "a \\ud800 x"}', "a \\ud800 x"),
-    "other.json": (b'{"title": "x"}', f"{SILENT}, but title"),
     "broken.json": (b'{"caption": ', SILENT), "deep.json": (b"[" * 100000, SILENT),
 }
 KINDS = {name.rpartition(".")[0]: kind for name, (_, kind) in (PICTURES | TEXTS).items()}
@@ -116,15 +110,6 @@ def test_kinds_of_broken_pairs(stage, tmp_path, place):
     assert not reasons
     assert not any("<" in reason or "(" in reason for reason, _ in skipped)
     assert any(reason.startswith(LARGE) and "pixels" in reason for reason, _ in skipped)
-
-
-def test_pictures_stand_upright(stage):
-    exif, image = Image.Exif(), Image.new("RGB", (16, 16))
-    exif[0x0112], file = 6, io.BytesIO()
-    image.paste((255, 255, 255), (0, 0, 16, 8))            # white above, once turned on the right
-    image.save(file, "PNG", exif=exif)
-    found = stage(1).decode_image(file.getvalue(), 16)
-    assert (found[:, :, 9:] == 255).all() and (found[:, :, :7] == 0).all()
 
 
 def test_what_only_a_tar_can_do_wrong(stage, tmp_path, capsys, monkeypatch):
@@ -181,8 +166,8 @@ LAYOUTS = {                # names in a tar's order, keys as read, {beginning of
     "photo and mask": (["0.png!", "0.jpg", "0.txt", "1.seg.png!", "1.txt", "1.webp"], ["0", "1"],
                        {FURTHER: 2}),
     "further files": (["a.b/0.rgb.jpg", "a.b/0.txt", "a.b/0.npy", "a.b/0.cls"], ["a.b/0"], {}),
-    "dots": (["./a.v2.jpg", "./a.v2.txt", "./a.v3.jpg!"], ["a"], {FURTHER: 1}),
-    "capitals": (["B.Json", "B.Png", "IMG.JPG", "IMG.TXT"], ["B", "IMG"], {}),
+    "dots and capitals": (["./a.v2.jpg", "./a.v2.txt", "./a.v3.jpg!", "B.Json", "B.Png", "I.JPG",
+                           "I.TXT"], ["a", "B", "I"], {FURTHER: 1}),
     "companions": (["._0.jpg!", "0.jpg", "._0.txt", ".DS_Store", "0.txt", "__MACOSX/._0.jpg!",
                     ".thumbs/0.jpg!", "a/.cache/0.jpg!", "Thumbs.db"], ["0"],
                    {UNSAFE: 6, NEITHER: 1}),
@@ -221,6 +206,9 @@ def test_places(stage, tmp_path, monkeypatch):
                         ("a[1].tar", {"3"}), ("other", {"2"}), ("o*r/**/*.TAR", {"2"})):
         found, skipped = read(stage, place)
         assert set(found) == keys and not skipped, place
+    for place in ("{00000..00012}.tar", "s3://bucket/x.tar", "nowhere/*.tar"):
+        with pytest.raises(SystemExit, match="no such file or folder. Quote a pattern.*braces"):
+            launch(stage, 1, ["--data", place])
 
 
 def test_a_tar_is_read_to_its_end_or_the_rest_is_said(stage, tmp_path):
@@ -262,9 +250,8 @@ TABLES = {
               'only.jpg,x', {"0": 'zero\nof two lines, "quoted"', "3": 'a 5" nail',
                             "4": "red, round", "only": "x"}, {}),
     "too many and too few columns": ("0.jpg,a red, round ball\n\n\n3.jpg", {}, {MISFIT: 2}),
-    "names above, without, swapped": ("../0.jpg,x\n/data/3.jpg,x\n,x\n" + "word " * 100 + ",4.jpg",
-                                      {}, {MISFIT: 2, MISSING: 2}),
-    "another's name, no name, one of two": ("sub/3.jpg,x\n10.jpg,x\ntwin.jpg,x", {}, {MISSING: 3}),
+    "other names": ("../0.jpg,x\n/data/3.jpg,x\n,x\na cat,4.jpg\nsub/3.jpg,x\n10.jpg,x\ntwin.jpg,x",
+                    {}, {MISFIT: 2, MISSING: 5}),
     "captions": ("0.jpg,\n3.jpg,nan\n4.jpg,caf\udce9", {}, {SILENT: 2, LOSSY: 1}),
     "quote not closed": (FIRST + '3.jpg,x\n0.jpg,"never closed' + LAST, {"3": "x"}, {MISFIT: 1}),
     "Windows, a mark": ("\ufefffile_name,caption\r\n0.jpg,café\r\n", {"0": "café"}, {}),
@@ -319,10 +306,3 @@ def test_other_layouts_end_in_one_line_that_says_what_to_do(stage, tmp_path, kin
     text = str(stop.value)
     assert words in text and "\n" not in text and "own.md has a script" in text
     assert "columns file_name or image" in text and "same name" in text
-
-
-@pytest.mark.parametrize("place", ["{00000..00012}.tar", "s3://bucket/x.tar", "nowhere/*.tar"])
-def test_places_that_are_not_there(stage, place):
-    with pytest.raises(SystemExit, match="no such file or folder. Quote a pattern.*braces") as stop:
-        launch(stage, 1, ["--data", place])
-    assert "\n" not in str(stop.value) and "own.md has a script" in str(stop.value)

@@ -1,29 +1,22 @@
 """How networks are run changes nothing that is computed; precision, who is waited for."""
 import os
 import signal
-import socket
 
 import pytest
 import torch
 
 from common import collect
 from test_faults import begin, wait_for
+from test_processes import find_ranks
 
 
-@pytest.fixture()
-def toy(stage):
-    """40 pairs, and a small network away from the zeros of its start, which let nothing out."""
+def test_bf16_is_of_the_forward_passes_alone(stage):
+    """Loss and drawing change a little and stay float32; so do parameters and gradients."""
     torch.manual_seed(0)
     net = stage(1).DiT(16, 4, 16, 1, 8)
-    for p in net.parameters():
+    for p in net.parameters():                             # the zeros of the start let nothing out
         torch.nn.init.normal_(p, std=0.1)
-    return collect(stage(1).draw_toy(40, 16, 0, "val")), net
-
-
-def test_bf16_is_of_the_forward_passes_alone(stage, toy):
-    """Loss and drawing change a little and stay float32; so do parameters and gradients."""
-    pairs, net = toy
-    x, c = pairs.batch()
+    x, c = collect(stage(1).draw_toy(40, 16, 0, "val")).batch()
     t, eps = stage(1).draw_noise(x, stage(1).seeded("cpu", 1))
     found = []
     for net.bf16 in (False, True):
@@ -35,20 +28,6 @@ def test_bf16_is_of_the_forward_passes_alone(stage, toy):
     for whole, half in zip(*found):
         assert half.dtype == torch.float32 and not torch.equal(whole, half)
         assert (whole - half).abs().max() < 0.03 * whole.abs().max()
-
-
-@pytest.mark.parametrize("flags,device,new,bf16,products", [
-    ([], "cpu", True, False, "high"), ([], "cuda", True, True, "high"),
-    ([], "cuda", False, False, "high"), (["--fp32"], "cuda", True, False, "highest")])
-def test_precision_on_each_machine(stage, monkeypatch, flags, device, new, bf16, products):
-    """bf16 by itself on a GPU that has it, TF32 for the other products, --fp32 turns both off."""
-    said = []
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: new)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda net, device: net)       # a GPU made up
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
-    settings = stage(1).parse_args([*flags, "--width", "16"])
-    assert stage(1).build_proxy(settings, torch.device(device)).bf16 == bf16
-    assert said == [products]
 
 
 @pytest.mark.parametrize("left,group,waits", [
@@ -73,13 +52,9 @@ def test_a_group_is_made_after_the_device_is_chosen(stage, tmp_path, monkeypatch
                         "and WORLD_SIZE" in said for _, said in made[1:-1])
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_wait_for_other_processes_ends_with_ctrl_c(tmp_path, rank):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process, said = begin(tmp_path / "out", 2, env={
-        "RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    process, said = begin(tmp_path / "out", 2, env=find_ranks()[rank])
     assert wait_for(lambda: "waiting for 2 processes" in said.read_text())
     os.kill(process.pid, signal.SIGINT)
     ended = wait_for(lambda: process.exitcode is not None, 20)

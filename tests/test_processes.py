@@ -120,14 +120,12 @@ def test_gradients_of_two_processes_are_those_of_the_joined_batch(tmp_path, sign
     assert torch.allclose(found[0][1][:3], found[1][1][:3], atol=1e-5)        # val, ref, gap
 
 
-@pytest.mark.parametrize("number,size,message", [
-    (1, "15", "--batch-size 15 must divide by 2 processes"),
-    (2, "96", "must be even, and a multiple of 32 pairs, a group, times 2 processes"),
-    (5, "51", "--batch-size 51 must divide by 2 processes")])
-def test_a_batch_that_cannot_be_cut_is_one_line(stage, chain, monkeypatch, number, size, message):
+def test_a_batch_that_cannot_be_cut_is_one_line(stage, chain, monkeypatch):
     monkeypatch.setattr(stage(1), "world", lambda: 2)
-    with pytest.raises(SystemExit, match=message):
-        launch(stage, number, ["--smoke", "--batch-size", size, "--out", str(chain)])
+    for number, size, message in ((5, "51", "51 must divide by 2 processes"),
+                                  (2, "96", "a multiple of 32 pairs, a group, times 2 processes")):
+        with pytest.raises(SystemExit, match=message):
+            launch(stage, number, ["--smoke", "--batch-size", size, "--out", str(chain)])
 
 
 @pytest.mark.slow

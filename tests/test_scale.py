@@ -123,16 +123,3 @@ def test_new_shards_of_folders_and_tables(stage, tmp_path):
             key.replace("%2E", ".") for key in pairs.read("key")]
         captions = dict(zip(new.read("key"), new.read("caption")))
         assert {captions[key]: files["webp"] for key, files in read_by_webdataset(paths)} == right
-
-
-def test_the_first_readable_pair_of_a_key_is_taken_home(stage, tmp_path):
-    rng = np.random.default_rng(0)
-    good = {f"{k}.{kind}": data for k in range(30) for kind, data in (
-        ("png", picture(rng)), ("txt", b"x"))}
-    data = write(tmp_path / "data", {"readme.md": b"x"})
-    write_tar(data / "a.tar", {"0.png": b"broken", "0.txt": b"x"})
-    write_tar(data / "b.tar", good)
-    write_pictures(stage, tmp_path / "val", 50)
-    _, _, paths = take_home(stage, tmp_path, ["--data", data, "--val", tmp_path / "val"])
-    found = dict(read_by_webdataset(paths))
-    assert len(found) == 30 and found["0"]["png"] == good["0.png"]
