@@ -174,7 +174,6 @@ def test_the_rater_rests_in_the_first_step_and_in_no_other(stage):
 
 # ---- the stage ---------------------------------------------------------------------------------
 def test_both_proxies_start_from_the_warm_one(stage, chain, tmp_path):
-    """A rater of each signal stands beside the other."""
     out = shutil.copytree(chain, tmp_path / "out")
     launch(stage, 2, ["--smoke", "--steps", "1", "--lr", "1e-9", "--signal", "loss",
                       "--out", str(out)])
@@ -182,4 +181,3 @@ def test_both_proxies_start_from_the_warm_one(stage, chain, tmp_path):
     _, warm = stage(1).load(out / "proxy.pt", "01_proxy.py")
     for name in ("proxy", "ref"):
         assert all(torch.allclose(weights[name][key], warm[key], atol=1e-6) for key in warm)
-    assert (out / "rater.pt").read_bytes() == (chain / "rater.pt").read_bytes()

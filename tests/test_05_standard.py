@@ -4,7 +4,6 @@ import hashlib
 import warnings
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn

@@ -109,10 +109,9 @@ def test_selections_of_one_name_are_two_arms(stage, tmp_path):
 
 TEN = "".join(f"{row}\n" for row in range(10))
 SELECTIONS = {             # what a file of row numbers of 256 pairs may not hold
-    "empty": ("", "no column row"), "no row": ("row,key\n", "each once at most"),
+    "empty": ("", "no column row"), "few": (f"row\n{TEN}", "10 pairs are fewer than --batch-size"),
     "twice": (f"row\n{TEN}9\n", "each once at most"), "beyond": (f"row\n{TEN}256\n", "0 to 255"),
     "negative": (f"row\n-1\n{TEN}", "0 to 255"), "half": (f"row\n{TEN}10.5\n", "s.csv"),
-    "few": (f"row\n{TEN}", "10 pairs are fewer than --batch-size"),
     "other keys": ("row,key\n3,train000003\n5,train000006\n",
                    "another corpus: train000006 is not the key")}
 
@@ -184,9 +183,7 @@ def test_planted_pairs_are_in_no_arm(stage, chain, tmp_path, monkeypatch, capsys
     compare(stage, out, "--seeds", "1")
     assert [len(rows) for rows in shown] == [156, 50, 50]
     assert not set(np.concatenate(shown)) & set(rows[:100])
-    said = capsys.readouterr().out
-    assert "50 of 156 pairs" in said and "100 pairs with planted dirt are left out" in said
-    assert "100 pairs with planted dirt are in no arm" in said
+    assert "100 pairs with planted dirt are in no arm" in capsys.readouterr().out
 
 
 @pytest.mark.slow
