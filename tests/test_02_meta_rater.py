@@ -95,22 +95,6 @@ def test_eq6_with_shared_noise_is_the_unrolled_meta_gradient(stage, steps):
 
 
 # ---- what is added to the paper ----------------------------------------------------------------
-def test_the_regularised_optimum_is_the_signal(stage):
-    """The entropy term turns the logit into -signal / tau; without it one pair takes all."""
-    s, tau = torch.tensor([[-1.0, 0.0, 0.5, 1.0]]), 2.0
-    for weight, ends in ((tau, (-s / tau).softmax(1)), (0.0, torch.tensor([[1.0, 0, 0, 0]]))):
-        logits = torch.zeros(1, 4, requires_grad=True)
-        opt = torch.optim.Adam([logits], 0.1)
-        for _ in range(300):
-            W = logits.softmax(1)
-            loss = stage(2).rater_objective(W, torch.ones(1, 1), s, torch.zeros(1, 1))
-            loss = loss + weight * stage(2).negative_entropy(W, torch.full((1, 1), 0.5))
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-        assert torch.allclose(logits.softmax(1), ends, atol=0.01)
-
-
 def test_the_signal_is_ranked_in_its_group_and_its_total_among_groups(stage):
     """So that neither a tail nor a drift that all groups share moves anything."""
     scores = stage(2).rank_normal(torch.tensor([[5.0, -1e6, 7.0, 6.0]]))
@@ -118,12 +102,10 @@ def test_the_signal_is_ranked_in_its_group_and_its_total_among_groups(stage):
     assert torch.allclose(scores, normal.icdf(torch.tensor([[3.0, 1.0, 7.0, 5.0]]) / 8), atol=1e-5)
     signal = torch.tensor([[3.0, -1.0, 0.0], [0.1, 90.0, 0.2], [-5.0, 0.0, 1.0]])
     W = torch.full((3, 3), 1 / 3)                          # totals 0.7, 30.1 and -1.3
-    low, middle, high = stage(2).rank_normal(torch.arange(3.0))
-    for drift in (0, 1000):
-        s, s_group = stage(2).rank_signal(signal + drift, W)
-        assert torch.equal(s, torch.stack([torch.stack(row) for row in (
-            (high, low, middle), (low, high, middle), (low, middle, high))]))
-        assert torch.equal(s_group, torch.stack([middle, high, low])[:, None])
+    low, middle, high = stage(2).rank_normal(torch.arange(3.0)).tolist()
+    s, s_group = stage(2).rank_signal(signal + 1000, W)
+    assert s.tolist() == [[high, low, middle], [low, high, middle], [low, middle, high]]
+    assert s_group.tolist() == [[middle], [high], [low]]
 
 
 # ---- one meta step -----------------------------------------------------------------------------
@@ -215,7 +197,6 @@ def test_the_cosine_is_an_input_that_no_step_changes(stage):
 
 # ---- the stage ---------------------------------------------------------------------------------
 def test_both_proxies_start_from_the_warm_one(stage, chain, tmp_path):
-    """A rater of each signal stands beside the other."""
     out = shutil.copytree(chain, tmp_path / "out")
     launch(stage, 2, ["--smoke", "--steps", "1", "--lr", "1e-9", "--signal", "loss",
                       "--out", str(out)])
@@ -223,4 +204,3 @@ def test_both_proxies_start_from_the_warm_one(stage, chain, tmp_path):
     _, warm = stage(1).load(out / "proxy.pt", "01_proxy.py")
     for name in ("proxy", "ref"):
         assert all(torch.allclose(weights[name][key], warm[key], atol=1e-6) for key in warm)
-    assert (out / "rater.pt").read_bytes() == (chain / "rater.pt").read_bytes()

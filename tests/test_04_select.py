@@ -121,12 +121,11 @@ def test_csv_of_any_program_in_any_order(stage, tmp_path):
 ROWS = [f"{k},{k}" for k in range(40)]
 BAD = {                    # ratings of 40 pairs that are refused in one line
     "another length": (ROWS[:39], "39 ratings, and 40 pairs were prepared"),
-    "longer": ([*ROWS, "40,1"], "41 ratings, and 40 pairs"),
     "out of range": ([*ROWS[:39], "40,1"], "each row from 0 to 39 needs one"),
     "twice": ([*ROWS[:39], "38,1"], "each row from 0 to 39"),
     "half row": ([*ROWS[:39], "38.5,1"], "each row"),
     "nan": (["0,nan", *ROWS[1:]], "rating is no number"),
-    "inf": ([*ROWS[:39], "39,-inf"], "rating is no number"), "word": (["0,low", *ROWS[1:]], "low"),
+    "inf": ([*ROWS[:39], "39,-inf"], "rating is no number"),
     "short line": (["0", *ROWS[1:]], "r.csv")}
 ARRAYS = {"text.npy": b"1\n2\n", "few.npy": np.ones(39), "words.npy": np.array(["a"] * 40),
           "square.npy": np.ones((40, 2)), "nan.npy": np.full(40, np.nan),
@@ -194,7 +193,6 @@ def test_planted_pairs_are_in_no_selection_and_counted(stage, tmp_path, capsys):
         said = capsys.readouterr().out
         assert len(rows) == 9 and not set(rows) & set(planted)
         assert "9 of 30 pairs" in said and "10 pairs with planted dirt are left out" in said
-        assert method != "topk" or rows == [k for k in range(28, 40) if k % 4 != 3]
 
 
 EQ6 = "that validation asked for the pair (eq. 6)"
@@ -205,7 +203,6 @@ EQ9 = "a high rating means low loss (eq. 9)"
     ("", "topk", f"--method topk, the default here: a high rating means {EQ6}"),
     ("--ratings OUT/ratings-loss.csv", "loss-shift-gsample",
      f"--method shift-gsample, the default here: {EQ9}"),
-    ("--rank-by instance --ratings OUT/ratings-loss.npy", "loss-by-instance-shift-gsample", EQ9),
     ("--rank-by ref_loss", "by-ref_loss-shift-gsample", EQ9),
     ("--rank-by rating,gain", "by-rating-gain-topk", "known of rating,gain is that high is good"),
     ("--method topk --ratings OUT/ratings-loss.npy", "loss-topk",

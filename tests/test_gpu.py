@@ -13,6 +13,7 @@ import torch
 
 from common import collect
 from conftest import GPU_ALONE, GPUS, TORCHRUN, launch, run
+from test_faults import Cut, cut_at
 
 DEVICE = torch.device("cuda")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or hidden from this run")
@@ -114,15 +115,9 @@ def test_bf16_keeps_the_order_of_the_gaps(stage, nets):
 def test_a_run_that_was_stopped_continues(stage, tmp_path, monkeypatch):
     """01 to 1e-3, in bf16 as it began."""
     monkeypatch.setattr(stage(1), "SAVE_EVERY", 0)
-    descend, calls, flags = stage(1).descend, [], ["--smoke", "--steps", "25", "--out"]
-
-    def stopping(*args):
-        calls.append(0)
-        if len(calls) == 15:
-            raise KeyboardInterrupt
-        return descend(*args)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(stage(1), "descend", stopping)
+    flags = ["--smoke", "--steps", "25", "--out"]
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(stage(1), "descend", cut_at(stage(1).descend, 15))
         launch(stage, 1, [*flags, str(tmp_path / "broken")])
     assert (tmp_path / "broken/proxy.progress").exists()
     for name in ("broken", "whole"):
