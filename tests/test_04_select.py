@@ -41,7 +41,7 @@ def test_rows_and_places_in_one_order_to_an_exact_count(stage, method, keep, cou
     assert (w == np.argsort(np.argsort(-rating))[rows] / 1000).all()   # each row's own place
     if method in ("shift-gsample", "block"):
         assert w.min() >= 0.25                             # the dropped head is never drawn
-        with pytest.raises(ValueError, match="leaves 750: lower --keep or --drop"):
+        with pytest.raises(ValueError, match="leaves 750: change --keep or --drop"):
             stage(4).select(rating, method, 1)
     if method in ("topk", "block"):
         assert np.ptp(w) * 1000 == pytest.approx(count - 1) and w.min() in (0, 0.25)

@@ -45,8 +45,10 @@ def test_judge_learns_clean_pairs_and_sees_wrong_captions_and_noise(stage):
 def test_interval_and_verdict(stage):
     mean, half = stage(5).interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / 3 ** 0.5)
-    assert stage(5).verdict(2, half, 1) == "tie" and stage(5).verdict(3, half, 1) == "wins"
-    assert stage(5).verdict(3, half, -1) == "loses" and stage(5).verdict(3, np.nan, 1) == ""
+    for shift, sign, verdict in ((0, 1, "tie"), (1, 1, "wins"), (1, -1, "loses")):
+        said = stage(5).show_difference(shift + np.array([1.0, 2, 3]), sign)
+        assert said == f"+{2 + shift} ± 2.5 {verdict}"
+    assert stage(5).show_difference([1.0], 1) == "+1"
     assert np.isnan(stage(5).interval([1.0])[1])
 
 
@@ -77,14 +79,14 @@ def write_rows(file, rows, pairs=None):
 
 def test_arms_choose_as_stage_4_does_and_draw_anew_for_each_seed(stage, chain):
     pairs, arms = stage(1).open_pairs(chain / "pairs"), {arm.name: arm for arm in stage(5).ARMS}
-    assert len(arms) == len(stage(5).ARMS) == 10
+    assert len(arms) == len(stage(5).ARMS) == 7
 
     def choose(name, seed, pool=np.arange(256)):
         return stage(5).choose_rows(arms[name], pool, pairs, chain, seed).tolist()
     for rule in ("Top-K", "Shift-Gsample"):
         file = chain / f"selected-{rule.lower().replace('-k', 'k')}-0.5.csv"
         assert choose(f"eq. 6, {rule} 50%", 0) == stage(4).read_rows(file, pairs).tolist()
-    for name, n in (("eq. 6, Shift-Gsample 50%", 128), ("random 20%", 51)):
+    for name, n in (("eq. 6, Shift-Gsample 50%", 128), ("random 50%", 128)):
         first, second, again = (choose(name, seed) for seed in (0, 1, 0))
         assert len(first) == len(second) == n and first == again and set(first) != set(second)
     pool = np.arange(0, 256, 3)                            # none is chosen outside
@@ -92,19 +94,21 @@ def test_arms_choose_as_stage_4_does_and_draw_anew_for_each_seed(stage, chain):
     assert set(choose("eq. 9, Top-K 50%", 0, pool)) < set(pool.tolist())
 
 
-def test_selections_of_one_name_are_two_arms(stage, tmp_path):
-    """Same names in two folders, and names of the two baselines; one file twice is refused."""
+def test_selections_of_one_name_are_refused(stage, tmp_path):
+    """Also those that have the name of a baseline; others are arms under their own."""
     pairs, pool = collect(stage(1).draw_toy(256, 16, 0, "train")), np.arange(256)
     files = [write_rows(tmp_path / name, np.arange(k, k + 32), pairs) for k, name in enumerate(
-        ("A/topk.csv", "B/topk.csv", "C/full.csv", "C/random 32.csv", "C/real.csv", "C/mine.csv"))]
-    arms = stage(5).list_arms(stage(5).parse_args(["--selected", *files]), pairs, pool, ())
-    names = [arm.name for arm in arms]
-    assert names[:2] == ["full", "random 32"] and names[-1] == "mine" and len(set(names)) == 8
+        ("A/topk.csv", "B/topk.csv", "C/full.csv", "C/real.csv", "C/mine.csv"))]
+
+    def choose(*files):
+        return stage(5).list_arms(stage(5).parse_args(["--selected", *files]), pairs, pool, ())
+    arms = choose(files[0], files[-1])
+    assert [arm.name for arm in arms] == ["full", "random 32", "topk", "mine"]
     chosen = [stage(5).choose_rows(arm, pool, pairs, "", 0) for arm in arms]
-    assert [rows[0] for rows in chosen[2:]] == list(range(6))
-    again = stage(5).parse_args(["--selected", files[0], f"{tmp_path}/B/../A/topk.csv"])
-    with pytest.raises(SystemExit, match="twice"):
-        stage(5).list_arms(again, pairs, pool, ())
+    assert [len(rows) for rows in chosen] == [256] + [32] * 3 and chosen[3][0] == 4
+    for taken in (files[:2], files[2:3], files[3:4], files[:1] * 2):
+        with pytest.raises(SystemExit, match="names are not distinct, or taken"):
+            choose(*taken)
 
 
 TEN = "".join(f"{row}\n" for row in range(10))

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import s1
 from conftest import encode, launch, prepare, write_tar
 
 # A process that has imported the stages once is forked for each run, which saves seconds each time.
@@ -273,7 +274,7 @@ def test_a_machine_without_semaphores_or_shared_memory(stage, crawl, tmp_path, m
     for name in ("images.npy", "tokens.npy", "texts.jsonl"):
         assert (tmp_path / "pairs" / name).read_bytes() == (crawl[0] / "pairs" / name).read_bytes()
     if "SemLock" in place:
-        assert list(stage(5).run_side_by_side(str, [1, 2, 3], 2)) == ["1", "2", "3"]
+        assert list(s1.side_by_side(str, [1, 2, 3], "spawn", 2)) == ["1", "2", "3"]
     assert "Traceback" not in capfd.readouterr().err
 
 
