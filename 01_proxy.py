@@ -931,6 +931,7 @@ def launch(main, args):
     try:
         main(args, torch.device("cuda" if cuda else "cpu"))
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print0("\nstopped: the same command goes on from the last save, a minute ago at most")
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)      # of children that are killed now
         for child in multiprocessing.active_children():
@@ -949,14 +950,16 @@ def launch(main, args):
 
 def side_by_side(run, work, how, cores=None):
     """run(...) of all `work`, in order, by a process for each core. how: fork or spawn."""
-    processes = min(cores or torch.get_num_threads(), len(work))
-    try:
+    processes, pool = min(cores or torch.get_num_threads(), len(work)), None
+    with contextlib.suppress(OSError, ImportError, NotImplementedError):      # no semaphores here
         if processes > 1:
-            return ProcessPoolExecutor(processes, multiprocessing.get_context(how),
-                                       begin_worker).map(run, work)
-    except (OSError, ImportError, NotImplementedError):    # a machine without semaphores
-        pass
-    return map(run, work)
+            context = multiprocessing.get_context(how)
+            pool = ProcessPoolExecutor(processes, context, begin_worker)
+    try:
+        yield from pool.map(run, work) if pool else map(run, work)
+    finally:
+        if pool:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def begin_worker():

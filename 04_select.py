@@ -273,8 +273,7 @@ def main(args, device=None):
           + f": {', '.join(shares)}" * bool(shares))
     at_cut = rating[real] == rating[rows].min()            # equal ratings are drawn by lot
     if args.method != "random" and at_cut.sum() > at_cut[chosen].sum():
-        print(f"{at_cut.sum()} pairs have the lowest rating that is kept: "
-              f"{at_cut[chosen].sum()} of them were drawn by --seed")
+        print(f"{at_cut.sum()} pairs have the lowest rating kept: {at_cut[chosen].sum()} were drawn")
     if planted.any():
         print(f"{planted.sum()} pairs with planted dirt are left out of the ranking")
     if args.write_shards:

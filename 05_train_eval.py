@@ -19,8 +19,8 @@ paper's tables. On a CPU as many arms are trained at a time as there are cores, 
 
 Reads    out/pairs/, out/proxy.pt, out/ratings.npy, out/ratings-loss.npy, or --selected files of
          stage 4
-Writes   out/results.csv (a row per arm and seed), .md, .png, and out/results-samples.png (all arms
-         under the same captions and noise)
+Writes   out/results.csv (a row per arm and seed), .md, and out/results-samples.png (all arms under
+         the same captions and noise)
 Run      python 05_train_eval.py                          five minutes on two cores
          python 05_train_eval.py --selected out/selected-topk-0.5.csv --seeds 1
          torchrun --nproc-per-node 2 -- 05_train_eval.py
@@ -43,7 +43,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib import pyplot as plt
 from torchvision.models import inception_v3
 from torchvision.transforms import InterpolationMode, functional as image_ops
 
@@ -341,25 +340,6 @@ def sum_up(results, arms, real):
     return "\n".join([*lines, f"The judge matches {real['match']:.0f} % of real images{doubt}"])
 
 
-def draw_results(path, results, arms):
-    """Every seed as a point, the mean as a bar with its 95 % interval."""
-    metrics = [name for name in METRICS if name != "score"]
-    figure, axes = plt.subplots(1, len(metrics), figsize=(11, 0.34 * len(arms) + 1), sharey=True)
-    for axis, metric in zip(axes, metrics):
-        for place, arm in enumerate(arms):
-            values = [row[metric] for row in results if row["arm"] == arm.name]
-            mean, half = interval(values)
-            axis.errorbar(mean, place, xerr=np.nan_to_num(half), fmt="k|", capsize=3, markersize=12)
-            axis.plot(values, [place] * len(values), "o", color="#0072B2", markersize=4, alpha=0.7)
-        axis.set(xlabel=f"{metric} ({'more' if METRICS[metric] > 0 else 'less'} is better)",
-                 xscale="linear" if METRICS[metric] > 0 else "log")
-        axis.grid(axis="x", which="both", alpha=0.3)
-    axes[0].set_yticks(range(len(arms)), [arm.name for arm in arms])
-    axes[0].invert_yaxis()
-    figure.tight_layout()
-    s3.save_figure(figure, path)
-
-
 def draw_samples(path, samples, test):
     """Eight captions: the real image, then what each arm draws for it from the same noise."""
     shown = np.arange(min(8, len(test)))
@@ -402,11 +382,10 @@ def main(args, device, arms=ARMS, name="results"):
     if s1.rank() == 0:
         with s1.atomic_file(f"{stem}.md") as file:
             file.write(table)
-        draw_results(f"{stem}.png", results, arms)
         draw_samples(f"{stem}-samples.png", samples, lab.test)
     progress.finish()
-    s1.print0(f"\n{table}\n{sum_up(results, arms, real)}\nwrote {stem}.csv, .md, .png; look at "
-              f"{stem}-samples.png first")
+    s1.print0(f"\n{table}\n{sum_up(results, arms, real)}\nwrote {stem}.csv, .md; look at "
+              f"{stem}-samples.png")
 
 
 # ---- standard metrics: FID's Inception-v3, OpenAI's CLIP -------------------------------------

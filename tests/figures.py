@@ -8,6 +8,7 @@
                                              and real.png, the README's first picture, where --out
                                              holds stages 1 to 3 of pairs with planted dirt
 """
+import csv
 import re
 import textwrap
 from pathlib import Path
@@ -329,6 +330,26 @@ def draw_real(path, pairs, rating):
     s3.save_figure(figure, path)
 
 
+def draw_results(path, table):
+    """Of a results.csv: every seed as a point, the mean as a bar with its 95 % interval."""
+    with open(table, newline="") as file:
+        results = list(csv.DictReader(file))
+    arms, metrics = list(dict.fromkeys(row["arm"] for row in results)), ("held-out", "match")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.34 * len(arms) + 1), sharey=True)
+    for axis, metric in zip(axes, metrics):
+        for place, arm in enumerate(arms):
+            values = [float(row[metric]) for row in results if row["arm"] == arm]
+            mean, half = s5.interval(values)
+            axis.errorbar(mean, place, xerr=np.nan_to_num(half), fmt="k|", capsize=3, markersize=12)
+            axis.plot(values, [place] * len(values), "o", color="#0072B2", markersize=4, alpha=0.7)
+        axis.set(xlabel=f"{metric} ({'more' if s5.METRICS[metric] > 0 else 'less'} is better)")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    s3.save_figure(figure, path)
+
+
 # ---- how a rater learns ----------------------------------------------------------------------
 def draw_rater(path, settings, weights, pairs, val, flags):
     """Logits of 512 pairs by stratum over a run of stage 2, and the health of its weights."""
@@ -372,6 +393,8 @@ def main(argv=None):
                          "name the --out of a run without --data")
     nets, group_size = s3.load_nets(out, "difference", True, settings, CPU)
     draw_real(out / "toy.png", pairs, np.load(out / "ratings.npy")["rating"])
+    if (out / "results.csv").exists():
+        draw_results(out / "results.png", out / "results.csv")
     draw_pipeline(out / "pipeline.png")
     draw_eq6(out / "eq6.png", nets, pairs.take(np.arange(min(1500, len(pairs)))))
     draw_apart(out / "apart.png", (ASSETS / "evidence.md").read_text(encoding="utf-8"))

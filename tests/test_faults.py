@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, starved or stale: nothing is lost, the same command goes on."""
 import contextlib
 import csv
+import functools
 import importlib
 import io
 import json
@@ -44,11 +45,14 @@ def play(number, flags, said, changes, strike, env, limit, threads):
     if strike:
         place, name, count, what, group = strike
         holder = importlib.import_module(place) if isinstance(place, str) else stages[place]
-        whole, calls = getattr(holder, name), []
+        whole, calls = getattr(holder, name), multiprocessing.Value("i")      # of all workers
 
+        @functools.wraps(whole)                            # else it cannot be sent to a worker
         def struck(*args, **kwargs):
-            calls.append(name)
-            if len(calls) == count:
+            with calls:
+                calls.value += 1
+                now = calls.value == count
+            if now:
                 os.killpg(0, what) if group else os.kill(os.getpid(), what)
             return whole(*args, **kwargs)
         setattr(holder, name, struck)
