@@ -232,7 +232,7 @@ def meta_step(nets, opts, train, val, rng, args, rest=False):
     L_theta = s1.flow_loss(nets["proxy"], x, seen, *noise)                    # (B,)
     L_hat = s1.flow_loss(nets["ref"], x, seen, *noise)                        # (B,)
     L_val = s1.flow_loss(nets["proxy"], x_val, c_val, *noise_val)             # (B,)
-    loss = L_val.mean() + (W * L_theta).sum()              # what eqs. 2 and 3 minimise
+    loss = L_val.mean() + (W * L_theta).sum()              # as eqs. 2, 3 minimise
     norm = s1.descend(loss, nets["proxy"], opts["proxy"])                     # eqs. 5, 10
     norm_hat = s1.descend((W * L_hat).sum(), nets["ref"], opts["ref"])        # eq. 5, no g_val
 

@@ -184,12 +184,12 @@ def areas(strata, column):
 def report(strata, columns, rankings):
     """Added: an AUC for each ranking and kind of known dirt, and whether the rating finds it."""
     found = {name: areas(strata, rank_by(columns, name)) for name in rankings}
-    for name, kinds in found.items():
-        s1.print0(f"AUC by {name}: " + ", ".join(f"{kind} {area:.2f}"
-                                                 for kind, area in kinds.items()))
     if not found["rating"]:
         s1.print0("whether this rating finds dirt is not known: 01_proxy.py --plant 0.05 tells")
         return
+    for name, kinds in found.items():
+        s1.print0(f"AUC by {name}: " + ", ".join(f"{kind} {area:.2f}"
+                                                 for kind, area in kinds.items()))
     worst = {name: min(kinds.values()) for name, kinds in found.items()}
     best, verdict = max(worst, key=worst.get), (
         "finds" if worst["rating"] >= GOOD else "hardly finds" if worst["rating"] >= 0.65 else

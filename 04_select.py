@@ -46,6 +46,7 @@ s1 = importlib.import_module("01_proxy")
 s3 = importlib.import_module("03_score")
 
 METHODS = ("topk", "shift-gsample", "gsample", "block", "random")
+SHOWN = 8                  # pairs in a row of the contact sheet
 RANKINGS = (*s3.NUMBERS, *s3.BASELINES)
 
 
@@ -199,7 +200,7 @@ def draw_contact_sheet(path, pairs, rating, kept):
     left_out, rows = np.setdiff1d(np.arange(len(rating)), kept), {}
     for name, part in (("kept", kept), ("left out", left_out)):
         part = part[np.argsort(-rating[part], kind="stable")]
-        for end, shown in (("highest", part[:8]), ("lowest", part[-8:])):
+        for end, shown in (("highest", part[:SHOWN]), ("lowest", part[-SHOWN:])):
             titles = map(" ".join, zip(pairs.read("key", shown), pairs.read("caption", shown)))
             rows[f"{name},\n{end} {len(shown)}"] = pairs.batch(shown)[0], [*titles]
     s3.draw_rows(path, {name: row for name, row in rows.items() if len(row[1])})
@@ -273,7 +274,8 @@ def main(args, device=None):
           + f": {', '.join(shares)}" * bool(shares))
     at_cut = rating[real] == rating[rows].min()            # equal ratings are drawn by lot
     if args.method != "random" and at_cut.sum() > at_cut[chosen].sum():
-        print(f"{at_cut.sum()} pairs have the lowest rating kept: {at_cut[chosen].sum()} were drawn")
+        print(f"{at_cut.sum()} pairs have the lowest rating kept: "
+              f"{at_cut[chosen].sum()} were drawn")
     if planted.any():
         print(f"{planted.sum()} pairs with planted dirt are left out of the ranking")
     if args.write_shards:

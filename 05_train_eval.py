@@ -329,13 +329,14 @@ def sum_up(results, arms, real):
     rivals = [arm.name for arm in arms if not arm.ratings and not arm.file]
     chosen = [name for name in match if name not in rivals] or rivals
     best = max(chosen, key=lambda name: match[name].mean())
+    first = arms[0].name                                   # full
     lines = [f"Best selection: {best}, match {match[best].mean():.0f} % after "
-             f"{steps[best] / steps['full']:.0%} of the steps of full; points against " + ", ".join(
+             f"{steps[best] / steps[first]:.0%} of the steps of {first}; against " + ", ".join(
                  f"{rival} {show_difference(match[best] - match[rival], 1)}" for rival in rivals)]
     for verdict, words in (("wins", "Better than"), ("tie", "A tie with"), ("loses", "Worse than")):
         names = [name for name in chosen
-                 if show_difference(match[name] - match["full"], 1).endswith(verdict)]
-        lines += [f"{words} full: {', '.join(names)}"] * bool(names)
+                 if show_difference(match[name] - match[first], 1).endswith(verdict)]
+        lines += [f"{words} {first}: {', '.join(names)}"] * bool(names)
     doubt = "" if real["match"] > 60 else ": it says little here, look at the pictures"
     return "\n".join([*lines, f"The judge matches {real['match']:.0f} % of real images{doubt}"])
 

@@ -109,8 +109,9 @@ def stage():
 
 @pytest.fixture(scope="session", autouse=True)
 def small(stage):
-    """Figures of three bands and 16 drawn images an arm, in this process, to save time."""
-    with (mock.patch.object(stage(3), "BANDS", 3), mock.patch.object(stage(5), "DRAWN", 16)):
+    """Small figures and 16 drawn images an arm, in this process, to save time."""
+    with (mock.patch.object(stage(3), "BANDS", 3), mock.patch.object(stage(5), "DRAWN", 16),
+          mock.patch.object(stage(4), "SHOWN", 2)):
         yield
 
 

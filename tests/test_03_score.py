@@ -65,7 +65,7 @@ def test_the_group_s_part_is_the_mean_over_groups_that_the_pair_joins(stage, rat
     with torch.no_grad():
         f = nets["rater"].features(x, c)
         companions = f[3:].view(stage(3).GROUPS, SIZE - 1, -1)
-        instance, group, rating = stage(3).score_chunk(
+        instance, group, rating, _ = stage(3).score_chunk(
             {"rater": nets["rater"]}, x[:3], c[:3], companions, None).T
         for i in range(3):
             rows = [torch.tensor([i, *range(k, k + SIZE - 1)]) for k in range(3, len(x), SIZE - 1)]
@@ -81,7 +81,7 @@ def test_a_collapsed_group_head_leaves_finite_ratings(stage, rated, tmp_path, bi
     nets, pairs = rated
     rater = stage(2).Rater(16, 4, 8, 16, 1)
     rater.group[-1].bias.data.fill_(bias)
-    instance, group, rating = rate(stage, {"rater": rater}, pairs, tmp_path / "r").T
+    instance, group, rating, _ = rate(stage, {"rater": rater}, pairs, tmp_path / "r").T
     assert group == pytest.approx(float(bias > 0)) and np.isfinite(rating).all()
     assert (instance - rating).std() < 1e-4 < rating.std()
     for strata in (pairs.strata(), np.array([""] * N)):

@@ -54,7 +54,7 @@ def test_every_stage_trains_the_adapters_alone(stage, adapt, chain, tmp_path, mo
     stage(5).open_judge.cache_clear()
     start, selected, moved = adapt(), str(tmp_path / "selected-topk-0.5.csv"), []
     for number, flags in ((1, ["--smoke", "--steps", "1", "--batch-size", "64"]),
-                          (2, ["--smoke", "--steps", "1"]), (3, []), (4, ["--method", "topk"]),
+                          (2, ["--smoke", "--steps", "1"]), (3, ["--baselines"]), (4, ["--method", "topk"]),
                           (5, ["--smoke", "--batch-size", "128", "--seeds", "1", "--selected",
                                selected])):
         first = len(built)
