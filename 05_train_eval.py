@@ -112,8 +112,8 @@ def list_arms(args, pairs, pool, arms):
     found = []
     for arm in arms:
         file = Path(args.out) / f"{arm.ratings}.npy"
-        columns = np.load(file, mmap_mode="r").dtype.names if file.exists() else ()
-        if not arm.ratings or arm.rank_by in columns and s1.check(file) is not None:
+        columns = {*(np.load(file, mmap_mode="r").dtype.names or ())} if file.exists() else set()
+        if not arm.ratings or {*arm.rank_by.split(",")} <= columns and s1.check(file) is not None:
             found.append(arm)
         else:
             s1.print0(f"{arm.name} is left out: {file} with {arm.rank_by} is missing (03_score.py"
