@@ -400,7 +400,8 @@ class Pairs:
     def batch(self, rows=slice(None)):
         """x (B, 3, H, W) in [-1, 1] and c (B, T) of these pairs."""
         rows = self.rows[rows]
-        x, c = (to_device(array[rows], self.device) for array in (self.images, self.tokens))
+        x, c = (torch.from_numpy(array[rows]).to(self.device)
+                for array in (self.images, self.tokens))
         return x.float() / 127.5 - 1, c.long()
 
     def take(self, rows):
@@ -851,14 +852,6 @@ def draw_batches(n, batch_size, seed, first, last):
         if step == first or place == 0:
             order = np.random.default_rng([seed, epoch, n]).permutation(n)
         yield order[place * batch_size:(place + 1) * batch_size]
-
-
-def to_device(array, device):
-    """An array as a tensor on `device`; this process does not wait for the copy to a GPU."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if torch.device(device).type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def seeded(device, *parts):

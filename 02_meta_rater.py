@@ -101,8 +101,8 @@ class Contrast(nn.Module):
 
     def embed_captions(self, captions):
         """Unit vectors (B, 32) of a list of captions."""
-        return self.embed_tokens(s1.to_device(s1.tokenize(captions, self.words),
-                                              self.scale.device).long())
+        tokens = torch.from_numpy(s1.tokenize(captions, self.words))
+        return self.embed_tokens(tokens.to(self.scale.device).long())
 
 
 def degrade(x, rng):

@@ -55,10 +55,11 @@ def draw_pipeline(path):
     boxes = [box(axis, 3 * k, 6, text, bold=name) for k, (name, text) in enumerate(STAGES)]
     train = box(axis, 0, 2.1, "training pairs x_i:\ninformative, plain,\nnoise, wrong caption")
     val = box(axis, 0, -1, "validation pairs\nthat you trust", RED)
-    rater = box(axis, 5, 4, "rater mu", RED)
+    rater = box(axis, 5, 4, "rater mu: pair\nand cosine -> W_i", RED)
     ref = box(axis, 5, 1.5, "theta_hat learns from\ntraining pairs (eq. 5)")
     proxy = box(axis, 5, -1, "theta learns from training\nand validation pairs (eq. 5)", RED)
-    W = box(axis, 10.9, 4, "weights of the pairs (eq. 7)\nW_i = W_inst,i W_batch", RED)
+    W = box(axis, 10.9, 4, "weights of the pairs (eq. 7)\nW_i = W_inst,i W_batch,\n"
+            "evened by the entropy term", RED)
     gap = box(axis, 10.9, -0.1, "difference (eq. 6)\nL(theta; x_i) - L(theta_hat; x_i)\n"
               "under one noise t, eps", RED)
     for start, end in (*zip(boxes, boxes[1:]), (train, rater), (train, ref), (train, proxy),
@@ -71,8 +72,8 @@ def draw_pipeline(path):
     for start, end, lift in ((val, proxy, 0), (proxy, gap, 0), (gap, W, 0), (W, rater, 0.2)):
         arrow(axis, start, end, lift, color=RED, linewidth=5, mutation_scale=28)
     for x, y, text in ((2.25, -0.7, "1  g_val"), (8.8, -1.3, "2  its losses change"),
-                       (11.1, 1.9, "3  dL_val / dW_i,\n    to first order"),
-                       (7.4, 4.45, "4  moves mu (eq. 6)")):
+                       (11.1, 1.9, "3  ranked, stands for\n    dL_val / dW_i"),
+                       (7.75, 4.45, "4  moves mu\n    (eq. 6)")):
         axis.text(x, y, text, color=RED, fontsize=14, weight="bold",
                   ha="left" if "3" in text else "center")
     axis.axhline(5.1, color="0.8", linewidth=1)
@@ -172,8 +173,8 @@ def draw_bell(axis):
     usual = s4.parse_args([])
     w = np.linspace(0, 1, 501)
     outline = [patheffects.withStroke(linewidth=7, foreground="white")]
-    for drop, style, label in ((0.0, ":", "Gsample: the bell whole"),
-                               (usual.drop, "-", "Shift-Gsample: the bell without the head")):
+    for drop, style, label in ((0.0, ":", "Gsample: chance to be drawn"),
+                               (usual.drop, "-", "Shift-Gsample: the same, no head")):
         p = np.exp(s4.log_density(w, drop, usual.mean, usual.std))
         axis.plot(100 * w, 95 * p, style, color="black", linewidth=4, path_effects=outline,
                   label=label, zorder=3 + drop)
