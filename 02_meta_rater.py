@@ -66,72 +66,6 @@ CONTRAST_STEPS = 500       # of the contrastive network's training
 GROUP = 32                 # pairs under one softmax; W_batch ranks the groups of a batch
 
 
-# ---- what the rater is given: does the caption fit the picture? ------------------------------
-class Contrast(nn.Module):
-    """Image -> features (B, 64) -> unit vector (B, 32); caption -> unit vector; cosine compares.
-
-    CLIP in small, and a rival by itself; stage 5's judge is another one, trained on other pairs.
-    """
-
-    def __init__(self, size, words):
-        super().__init__()
-        self.words = words
-        widths = [3] + [32 * 2 ** k for k in range(int(math.log2(size // 4)) + 1)]
-        convolutions = [layer for a, b in zip(widths[:-1], widths[1:]) for layer in
-                        (nn.Conv2d(a, b, 3, stride=1 if a == 3 else 2, padding=1), nn.GELU())]
-        self.image = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-                                   nn.Linear(16 * widths[-1], 64))
-        self.image_head = nn.Sequential(nn.GELU(), nn.Linear(64, 32))
-        self.word = nn.Embedding(s1.VOCABULARY, 64, padding_idx=0)
-        self.text = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32))
-        self.scale = nn.Parameter(torch.tensor(2.0))
-
-    def embed_images(self, x):
-        """Features (B, 64) and unit vectors (B, 32) of images (B, 3, H, W)."""
-        f = self.image(x)
-        return f, F.normalize(self.image_head(f), dim=1)
-
-    def embed_tokens(self, c):
-        """Unit vectors (B, 32) of captions as tokens (B, T)."""
-        return F.normalize(self.text(self.word(c).sum(1)), dim=1)
-
-    def compare(self, x, c):
-        """Cosine (B,) of pictures and their captions."""
-        return (self.embed_images(x)[1] * self.embed_tokens(c)).sum(1)
-
-    def embed_captions(self, captions):
-        """Unit vectors (B, 32) of a list of captions."""
-        tokens = torch.from_numpy(s1.tokenize(captions, self.words))
-        return self.embed_tokens(tokens.to(self.scale.device).long())
-
-
-def degrade(x, rng):
-    """A third of the images as they are, a third noised, a third blurred."""
-    kind = torch.randint(3, (len(x), 1, 1, 1), generator=rng, device=x.device)
-    amount = 0.6 * torch.rand(kind.shape, generator=rng, device=x.device)
-    noised = x + amount * torch.randn(x.shape, generator=rng, device=x.device)
-    blurred = image_ops.gaussian_blur(x, 5, 1.0)
-    return torch.where(kind == 0, x, torch.where(kind == 1, noised, blurred))
-
-
-def train_contrast(pairs, steps, seed, batch_size=128):
-    """Contrastive training; pairs of the batch that share a caption are all right answers."""
-    device, batch_size = pairs.device, min(batch_size, len(pairs))
-    torch.manual_seed(seed)
-    net = Contrast(pairs.images.shape[-1], pairs.tokens.shape[1]).to(device)
-    opt = s1.adamw(net, 2e-3)
-    for k, rows in enumerate(s1.draw_batches(len(pairs), batch_size, seed, 0, steps)):
-        opt.param_groups[0]["lr"] = 2e-3 * (1 - k / steps)
-        rng = s1.seeded(device, seed, "contrast", k)
-        x, c = pairs.batch(rows)
-        same = (c[:, None] == c[None]).all(2).float()                         # (B, B)
-        cosines = net.embed_images(degrade(x, rng))[1] @ net.embed_tokens(c).T  # (B, B)
-        logits, right = net.scale.exp() * cosines, same / same.sum(1, keepdim=True)
-        loss = F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)
-        s1.descend(loss, net, opt)
-    return net.eval().requires_grad_(False)
-
-
 # ---- the rater -------------------------------------------------------------------------------
 class Rater(nn.Module):
     """mu: clean image and caption -> features -> Instance MLP (logit) and Group MLP (W_batch).
@@ -273,6 +207,72 @@ def warn_of_collapse(*means):
                  logit_std < 0.01}
     found = "; ".join(sign for sign, seen in signs.items() if seen)
     return f"   COLLAPSE: {found}" if found else ""
+
+
+# ---- what the rater is given: does the caption fit the picture? ------------------------------
+class Contrast(nn.Module):
+    """Image -> features (B, 64) -> unit vector (B, 32); caption -> unit vector; cosine compares.
+
+    CLIP in small, and a rival by itself; stage 5's judge is another one, trained on other pairs.
+    """
+
+    def __init__(self, size, words):
+        super().__init__()
+        self.words = words
+        widths = [3] + [32 * 2 ** k for k in range(int(math.log2(size // 4)) + 1)]
+        convolutions = [layer for a, b in zip(widths[:-1], widths[1:]) for layer in
+                        (nn.Conv2d(a, b, 3, stride=1 if a == 3 else 2, padding=1), nn.GELU())]
+        self.image = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                                   nn.Linear(16 * widths[-1], 64))
+        self.image_head = nn.Sequential(nn.GELU(), nn.Linear(64, 32))
+        self.word = nn.Embedding(s1.VOCABULARY, 64, padding_idx=0)
+        self.text = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32))
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def embed_images(self, x):
+        """Features (B, 64) and unit vectors (B, 32) of images (B, 3, H, W)."""
+        f = self.image(x)
+        return f, F.normalize(self.image_head(f), dim=1)
+
+    def embed_tokens(self, c):
+        """Unit vectors (B, 32) of captions as tokens (B, T)."""
+        return F.normalize(self.text(self.word(c).sum(1)), dim=1)
+
+    def compare(self, x, c):
+        """Cosine (B,) of pictures and their captions."""
+        return (self.embed_images(x)[1] * self.embed_tokens(c)).sum(1)
+
+    def embed_captions(self, captions):
+        """Unit vectors (B, 32) of a list of captions."""
+        tokens = torch.from_numpy(s1.tokenize(captions, self.words))
+        return self.embed_tokens(tokens.to(self.scale.device).long())
+
+
+def degrade(x, rng):
+    """A third of the images as they are, a third noised, a third blurred."""
+    kind = torch.randint(3, (len(x), 1, 1, 1), generator=rng, device=x.device)
+    amount = 0.6 * torch.rand(kind.shape, generator=rng, device=x.device)
+    noised = x + amount * torch.randn(x.shape, generator=rng, device=x.device)
+    blurred = image_ops.gaussian_blur(x, 5, 1.0)
+    return torch.where(kind == 0, x, torch.where(kind == 1, noised, blurred))
+
+
+def train_contrast(pairs, steps, seed, batch_size=128):
+    """Contrastive training; pairs of the batch that share a caption are all right answers."""
+    device, batch_size = pairs.device, min(batch_size, len(pairs))
+    torch.manual_seed(seed)
+    net = Contrast(pairs.images.shape[-1], pairs.tokens.shape[1]).to(device)
+    opt = s1.adamw(net, 2e-3)
+    for k, rows in enumerate(s1.draw_batches(len(pairs), batch_size, seed, 0, steps)):
+        opt.param_groups[0]["lr"] = 2e-3 * (1 - k / steps)
+        rng = s1.seeded(device, seed, "contrast", k)
+        x, c = pairs.batch(rows)
+        same = (c[:, None] == c[None]).all(2).float()                         # (B, B)
+        cosines = net.embed_images(degrade(x, rng))[1] @ net.embed_tokens(c).T  # (B, B)
+        logits, right = net.scale.exp() * cosines, same / same.sum(1, keepdim=True)
+        loss = F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)
+        s1.descend(loss, net, opt)
+    return net.eval().requires_grad_(False)
 
 
 # ---- the stage -------------------------------------------------------------------------------
