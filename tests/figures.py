@@ -318,8 +318,8 @@ def draw_real(path, pairs, rating):
         for axis, row, x, caption in zip(axes.flat, chosen, pairs.batch(chosen)[0],
                                          pairs.read("caption", chosen)):
             axis.imshow((x.permute(1, 2, 0).numpy() + 1) / 2)
-            words = caption.replace(s1.PLAIN_CAPTION, "white").replace("a photo of ", "")
-            axis.set_title(words.replace(" on a", "\non").replace(" background", ""), fontsize=11,
+            words = re.sub("^(a photo of )?an? |empty | background", "", caption)
+            axis.set_title(words.replace(" on a", "\non"), fontsize=11 - 2 * (" on " in words),
                            pad=3)
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
