@@ -304,8 +304,9 @@ def show_pictures(axes, images, captions, letters=16):
 def draw_rows(path, rows):
     """Pictures in rows: {name: (images (K, 3, H, W), captions)}."""
     wide = max(len(images) for images, _ in rows.values())
-    figure, axes = plt.subplots(len(rows), wide, figsize=(1.25 * wide, 1.5 * len(rows)),
-                                squeeze=False, layout="constrained")
+    high = sum(1.5 if any(captions) else 1.05 for _, captions in rows.values())
+    figure, axes = plt.subplots(len(rows), wide, figsize=(1.25 * wide, high), squeeze=False,
+                                layout="constrained")
     for line, (name, (images, captions)) in zip(axes, rows.items()):
         for axis in line:
             axis.axis("off")
