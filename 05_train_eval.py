@@ -37,6 +37,7 @@ import time
 import unicodedata
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -181,23 +182,15 @@ def evaluate(net, test, judge, reference, seed):
 
 
 # ---- one arm, all arms -----------------------------------------------------------------------
-class Lab(NamedTuple):
-    """What all arms share: options of stage 1, and pairs."""
-    settings: object
-    pairs: object
-    pool: np.ndarray           # rows of the pairs that selections are made of
-    val: object
-    test: object
-
-
 @functools.cache
 def open_lab(out, real, device):
-    """The Lab of a folder of results; with `real` its pool leaves out what --plant planted."""
+    """What all arms share: options of stage 1, splits, and `pool`, the rows to select from; with
+    `real` it leaves out what --plant planted."""
     settings, _ = s1.load(Path(out) / "proxy.pt", "01_proxy.py")
-    splits = [s1.open_pairs(Path(out) / "pairs", split, device)
-              for split in ("train", "val", "test")]
-    pool = np.flatnonzero(~(s4.find_planted(splits[0]) & real))
-    return Lab(settings, splits[0], pool, *splits[1:])
+    pairs, val, test = (s1.open_pairs(Path(out) / "pairs", split, device)
+                        for split in ("train", "val", "test"))
+    pool = np.flatnonzero(~(s4.find_planted(pairs) & real))
+    return SimpleNamespace(settings=settings, pairs=pairs, pool=pool, val=val, test=test)
 
 
 @functools.cache
