@@ -619,9 +619,11 @@ def split_dataset(args):
             if len(split.targets) != len(split.data) or max(split.targets) >= len(split.classes):
                 raise ValueError("labels and pictures do not belong to each other")
     except Exception as error:                             # of another file under its name, any
-        why = " ".join(str(error).split())
-        raise SystemExit(f"{args.data} could not be read or downloaded ({why}): put the files of "
-                         f"torchvision.datasets.{args.data} into --root {args.root} by hand")
+        names = [name.removesuffix(".gz") for name, _ in getattr(kind, "resources", None)
+                 or [*kind.train_list, *kind.test_list, (kind.meta["filename"], "")]]
+        folder, why = getattr(kind, "base_folder", f"{args.data}/raw"), str(error).split("\n")[0]
+        raise SystemExit(f"{args.data} could not be read or downloaded ({why}): put "
+                         f"{', '.join(names)} into {args.root}/{folder}, or name another --root")
     order, test_order = (rng.permutation(len(split)) for split in (data, test))
     trusted = min(DATASET_TRUSTED, len(data) // 5)
     train = np.sort(order[trusted:][:args.pairs or None])

@@ -164,14 +164,15 @@ WRONG = {                  # file: what stands in it instead, of the raw folder
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_files_of_a_data_set_end_in_one_line(stage, tmp_path, offline, wrong):
+def test_wrong_files_of_a_data_set_end_in_one_line_with_all_names(stage, tmp_path, offline, wrong):
     write_fashion(tmp_path)
     raw, (file, data) = tmp_path / "FashionMNIST/raw", WRONG[wrong]
     (raw / file).write_bytes(data(raw))
     with pytest.raises(SystemExit, match="FashionMNIST could not be read or downloaded") as stop:
         prepare(stage, tmp_path, "--data", "FashionMNIST", "--root", tmp_path)
     text = str(stop.value)
-    assert "\n" not in text and f"--root {tmp_path}" in text
+    assert "\n" not in text and str(raw) in text and "--root" in text
+    assert all(name in text for name in (IMAGES, LABELS, OTHER, "t10k-images-idx3-ubyte"))
     assert not (tmp_path / "pairs").exists()
 
 
