@@ -21,7 +21,7 @@ plumbing. Of that, these names stand in the method: `Pairs` (pictures, and capti
 `draw_batches` (rows, batch after batch), `mine` (this process's share of a batch), `seeded` (random
 numbers by seed and step) and `Progress` (a loop that may be killed and continued).
 
-Shapes: B pairs in a batch, T words, P patches, D width, N pairs in the corpus.
+Shapes: B pairs in a batch, T words, P patches, D width, N pairs of a split, M rows of the arrays.
 
 Writes   out/pairs/, out/proxy.pt (theta_hat), .json (the options), .csv (the loss)
 Run      python 01_proxy.py                                   toy pairs, 15 s on two cores
@@ -64,9 +64,9 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torchvision import datasets
 
-VOCABULARY = 2048          # rows of the word table, a word's row is its CRC-32: any language
+VOCABULARY = 2048          # rows of the word table; a word's row follows from its CRC-32
 DEPTH = 3                  # blocks of the proxy
-T_SHIFT = 1.2              # added: t = sigmoid(normal + 1.2) where captions matter, mean 0.74
+T_SHIFT = 1.2              # added, for stages 2 and 3: t = sigmoid(normal + 1.2), of mean 0.74
 CAPTION_DROPOUT = 0.1      # share of captions blanked in training, for classifier-free guidance
 TOY_PAIRS = {"train": 4000, "val": 1000, "test": 1000}
 SMOKE_PAIRS = {"train": 256, "val": 64, "test": 64}
@@ -222,7 +222,7 @@ def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None):
     for k, rows in zip(progress.steps(steps, net=net, opt=opt), batches):
         left = (steps - k) / (decay * steps) if decay else 1.0
         opt.param_groups[0]["lr"] = lr * min(1.0, (k + 1) / ramp, left)
-        x, c = pairs.batch(rows)                           # of all processes, like their noise
+        x, c = pairs.batch(rows)                           # of all processes: each takes its share
         rng = seeded(x.device, seed, "train", k)
         c, noise = drop_captions(c, rng), draw_noise(x, rng)
         loss = flow_loss(net, *map(mine, (x, c, *noise))).mean()
@@ -236,8 +236,8 @@ def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None):
 #   informative      45 %   one shape in colour on a background, and the caption says so
 #   plain            30 %   a white field; teaches nothing, lies about nothing, costs steps
 #   chaotic-noise    15 %   noise under a caption that promises a shape
-#   chaotic-caption  10 %   a clean picture under another picture's caption: no statistic of the
-#                           image can find these
+#   chaotic-caption  10 %   a clean picture under a caption of which nothing is right: no statistic
+#                           of the image can find these
 STRATA = {"informative": 0.45, "plain": 0.30, "chaotic-noise": 0.15, "chaotic-caption": 0.10}
 PLANTED = ("planted-plain", "planted-noise", "planted-caption")
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230),
@@ -345,6 +345,8 @@ def main(args, device):
                         for split in ("train", "val", "test"))
     if (args.size, args.words) != (pairs.images.shape[2], pairs.tokens.shape[1]):
         raise SystemExit(f"{out}/pairs: --data own was written with another --size or --words")
+    if len(pairs) < args.batch_size:
+        raise SystemExit(f"{len(pairs)} training pairs are fewer than --batch-size: lower it")
     print0(f"pairs: {len(pairs)} train, {len(val)} val, {len(test)} test")
     made = out / "pairs/made.json"
     progress = Progress(out / "proxy.progress", {**vars(args), "pairs": digest(made)},
@@ -970,7 +972,7 @@ class Progress:
 
     Batches and random numbers depend on the seed and the step alone, so the networks, their
     optimisers and the step are the whole state, and a continued run ends bit for bit as an unbroken
-    one (on a CPU). Once in ten steps it looks at the numbers, tells how far it is, and saves.
+    one (on a CPU). Once in ten steps it looks at the numbers and, if it is time, tells and saves.
     `log` holds a row of numbers a step, `kept` whatever else shall survive.
     """
 
@@ -1054,7 +1056,7 @@ def atomic_file(path, mode="w"):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:               # RuntimeError: torch on a full disk
-        cause = str(error.__context__ or error).splitlines()[0]                # torch hides it
+        cause = str(error.__context__ or error).split("\n")[0]                 # torch hides it
         raise SystemExit(f"{path} cannot be written ({cause}): mend that and run the same command "
                          "again; earlier files are as they were")
 

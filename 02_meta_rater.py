@@ -32,9 +32,9 @@ Added to the paper, each marked in the code (what happens without it: .assets/di
                    tends to -W_batch E[signal] / tau
     rank signal    a pair's difference is ranked in its group, a group's total among the step's
                    groups: no heavy tails, and no common drift that takes every W_batch to 1.
-                   W_batch needs both: either alone lets it drift
-    shifted t      the signal is drawn at high noise, where captions matter to the loss; no effect
-                   on the toy pairs
+                   W_batch needs ranks and entropy term: either alone lets it drift
+    shifted t      training pairs are seen at high noise, where captions matter to the loss; no
+                   effect on the toy pairs
     no caption     a tenth of the captions is blanked as in the warm-up. Without it both proxies
                    forget pictures without a caption, and stage 3 can no longer tell what a
                    caption is worth
@@ -92,7 +92,7 @@ class Rater(nn.Module):
         patches = self.to_patch(x).flatten(2).transpose(1, 2)                 # (B, P, D)
         h = self.encoder(torch.cat([self.word(c), patches], 1) + self.position).mean(1)    # (B, D)
         cosine = 5 * self.contrast.compare(x, c)[:, None]                     # (B, 1)  added
-        return self.norm(torch.cat([h, cosine], 1))                           # (B, D + 1)
+        return self.norm(torch.cat([h, cosine], 1))        # (B, D) from here on, one D more
 
     def logits(self, f):
         """Instance rating of features (..., D) -> (...): eq. 7's W_i before its softmax."""
@@ -249,7 +249,7 @@ class Contrast(nn.Module):
 
 
 def degrade(x, rng):
-    """A third of the images as they are, a third noised, a third blurred."""
+    """A third of the images as they are, a third noised, a third blurred: drawn ones may be so."""
     kind = torch.randint(3, (len(x), 1, 1, 1), generator=rng, device=x.device)
     amount = 0.6 * torch.rand(kind.shape, generator=rng, device=x.device)
     noised = x + amount * torch.randn(x.shape, generator=rng, device=x.device)
@@ -308,13 +308,13 @@ def main(args, device):
     nets["rater"] = Rater(settings.size, settings.patch, settings.words).to(device)
 
     name, command = name_rater(args.signal)
-    progress = s1.Progress(out / f"{name}.progress", {
-        **vars(args), "proxy.pt": s1.digest(out / "proxy.pt")}, COLUMNS, warn_of_collapse)
-    if not progress.step:
+    if not (out / f"{name}.progress").exists():
         steps = 20 if settings.smoke else CONTRAST_STEPS
         s1.print0(f"training the contrastive network, {steps} steps")
         contrast = train_contrast(val, steps, settings.seed + 1)              # not 05's judge
         nets["rater"].contrast.load_state_dict(contrast.state_dict())
+    progress = s1.Progress(out / f"{name}.progress", {
+        **vars(args), "proxy.pt": s1.digest(out / "proxy.pt")}, COLUMNS, warn_of_collapse)
     learn(nets, pairs, val, args, settings.seed, progress)
     s1.save(out / f"{name}.pt", command, [out / "proxy.pt"], args,
             {name: net.state_dict() for name, net in nets.items()})

@@ -6,8 +6,8 @@ belongs to the pair and averages the batch away:
     rating_i = logit_i + log(mean of W_batch over 16 groups: pair i and its companions)
 
 which is log W_i up to the softmax's normaliser. The companions are drawn once from the corpus for
-all pairs, so that in it a rating depends on its pair alone: batch-mates, order of work and number
-of processes change nothing. (The released code's ratings are softmaxes over the scoring batch: they
+all pairs, so that within a corpus a rating depends on its pair alone: batch-mates, order of work
+and number of processes change nothing. (The released code's ratings are softmaxes over the scoring batch: they
 depend on batch-mates and on file order, and grow in a short last batch.) Ratings are written chunk
 by chunk: memory does not grow with the corpus, and a run that is killed continues.
 
@@ -118,8 +118,6 @@ def score(nets, companions, pairs, path, seed, progress):
     names = NUMBERS + BASELINES * ("proxy" in nets)
     dtype = np.dtype([(name, "f4") for name in names] + [("stratum", "S15")])
     part, columns = Path(f"{path}.npy.part"), len(names)
-    if progress.step and not part.exists():
-        raise SystemExit(f"{part} is gone: delete {progress.path} to begin anew")
     if s1.rank() == 0 and not progress.step:
         with open(part, "wb") as file:                     # zeros: a full disk is seen here
             for rows in np.array_split(np.arange(len(pairs)), len(pairs) // 2 ** 20 + 1):
@@ -134,7 +132,6 @@ def score(nets, companions, pairs, path, seed, progress):
             numbers[:len(own)] = score_chunk(nets, *pairs.batch(own), companions, s1.seeded(
                 pairs.device, seed, "score", int(own[0])))
         numbers = s1.gather(numbers)[:len(rows)].cpu().numpy()                # (rows, K)
-        progress.note(torch.tensor(float(rows[-1] + 1)))
         if table is not None:
             for name, column in zip(names, numbers.T):
                 table[name][rows] = column
@@ -196,8 +193,9 @@ def report(strata, columns, rankings):
         "does not find")
     s1.print0(f"the rating {verdict} every kind of known dirt: {worst['rating']:.2f} at worst (0.5 "
               f"is chance, {GOOD} is good)" + (
-                  f"; more --steps of 01 or 02 or better trusted pairs may help, and the best of "
-                  f"these is {best}, {worst[best]:.2f}" if verdict != "finds" else ""))
+                  "; more --steps of 01 or 02 or better trusted pairs may help" + (
+                      f", and {best} finds more, {worst[best]:.2f}" * (best != "rating"))
+                  if verdict != "finds" else ""))
 
 
 # ---- figures ---------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def read_ratings(path, names, pairs):
                          f"each row from 0 to {len(pairs) - 1} needs one")
     for name, column in columns.items():
         if not np.isfinite(column).all():
-            raise SystemExit(f"{path}: {name} is no number in line {np.isfinite(column).argmin()}")
+            raise SystemExit(f"{path}: {name} is no number in row {np.isfinite(column).argmin()}")
     return s3.rank_by({name: column[order] for name, column in columns.items()}, names)
 
 

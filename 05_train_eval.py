@@ -168,7 +168,7 @@ def judge_images(judge, images, captions, reference):
 
 @torch.no_grad()
 def evaluate(net, test, judge, reference, seed):
-    """The four numbers of one trained model, and the images it drew (DRAWN, 3, H, W)."""
+    """The four numbers of one trained model, and the n images it drew (n, 3, H, W)."""
     n = min(DRAWN, len(test)) // s1.world() * s1.world()
     x, c = test.batch(np.arange(n))
     rng = s1.seeded(x.device, seed, "evaluate")
@@ -541,7 +541,6 @@ class StandardJudge:
 
     def __init__(self, folder, device):
         torch.backends.cudnn.allow_tf32 = False            # else features differ between GPUs
-        torch.set_float32_matmul_precision("highest")      # (the arms train without TF32, too)
         paths = {what: find_weights(what, folder) for what in WEIGHTS}
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             state = torch.jit.load(paths["clip"], map_location="cpu").state_dict()     # deprecated
@@ -560,6 +559,7 @@ class StandardJudge:
     @torch.no_grad()
     def embed_pixels(self, images):
         """Features (B, 2048) and unit vectors (B, E) of images, a list of (3, H, W) uint8."""
+        torch.set_float32_matmul_precision("highest")      # without TF32, whatever an arm has set
         large = [F.interpolate(image[None].to(self.device) / 255, (299, 299), mode="bilinear",
                                align_corners=False) for image in images]
         crops = [image_ops.center_crop(image_ops.resize(
@@ -568,8 +568,6 @@ class StandardJudge:
         crops = torch.stack([image_ops.normalize(image_ops.to_tensor(crop), CLIP_MEAN, CLIP_STD)
                              for crop in crops]).to(self.device)
         f = self.inception(2 * torch.cat(large) - 1)
-        if not f.isfinite().all():
-            raise SystemExit("the features are not finite: look at the images")
         return f, F.normalize(self.clip.visual(crops), dim=1)
 
     def embed_images(self, x):
@@ -581,6 +579,7 @@ class StandardJudge:
     @torch.no_grad()
     def embed_captions(self, captions):
         """Unit vectors (B, E) of a list of captions."""
+        torch.set_float32_matmul_precision("highest")
         ids = self.tokenize(captions).to(self.device)
         return F.normalize(torch.cat([self.clip.encode_text(part) for part in ids.split(256)]),
                            dim=1)

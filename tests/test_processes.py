@@ -42,7 +42,7 @@ def attempt_together(folder, number, flags, strike=(), **how):
 SLOW = pytest.mark.slow
 TRIED = {                  # stage: flags, where it is killed, what is compared, how near
     1: (["--smoke"], (1, "descend", 12), {"proxy.csv": "loss"}, 1e-5),
-    2: (["--smoke", "--signal", "loss"], (1, "descend", 34), {"rater-loss.csv": "val ref"}, 1e-5),
+    2: (["--smoke", "--signal", "loss"], (1, "descend", 54), {"rater-loss.csv": "val ref"}, 1e-5),
     3: (["--baselines"], (3, "score_chunk", 2),
         {"ratings.csv": "instance group rating ref_loss difference gain"}, 1e-4),
     5: ([*SELECTED, "CHAIN/selected-topk-0.5.csv"], (1, "descend", 30),
