@@ -7,9 +7,9 @@ belongs to the pair and averages the batch away:
 
 which is log W_i up to the softmax's normaliser. The companions are drawn once from the corpus for
 all pairs, so that within a corpus a rating depends on its pair alone: batch-mates, order of work
-and number of processes change nothing. (The released code's ratings are softmaxes over the scoring batch: they
-depend on batch-mates and on file order, and grow in a short last batch.) Ratings are written chunk
-by chunk: memory does not grow with the corpus, and a run that is killed continues.
+and number of processes change nothing. (The released code's ratings are softmaxes over the scoring
+batch: they depend on batch-mates and on file order, and grow in a short last batch.) Ratings are
+written chunk by chunk: memory does not grow with the corpus, and a run that is killed continues.
 
 A rating costs one pass of the small rater. `contrast`, the cosine that the rater is given, is by
 itself what practitioners filter by, in small. --baselines adds three rankings without a rater, the

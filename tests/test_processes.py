@@ -45,7 +45,7 @@ TRIED = {                  # stage: flags, where it is killed, what is compared,
     2: (["--smoke", "--signal", "loss"], (1, "descend", 54), {"rater-loss.csv": "val ref"}, 1e-5),
     3: (["--baselines"], (3, "score_chunk", 2),
         {"ratings.csv": "instance group rating ref_loss difference gain"}, 1e-4),
-    5: ([*SELECTED, "CHAIN/selected-topk-0.5.csv"], (1, "descend", 30),
+    5: ([*SELECTED, "CHAIN/selected-topk-0.5.csv"], (1, "descend", 50),
         {"results.csv": "held-out score distance"}, 0.05)}
 
 
