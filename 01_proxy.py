@@ -7,7 +7,7 @@ weights.
 
     eq. 4    theta_hat <- theta_hat - beta * grad L(theta_hat; D_train)
     L        rectified flow, one number per pair:  x_t = (1 - t) x + t eps,
-             L_i = mean over pixels of |net(x_t, t, c) - (eps - x)|^2
+             L_i = mean over pixels and channels of |net(x_t, t, c) - (eps - x)|^2
 
 Differs from the paper: the proxy is a diffusion transformer (DiT) in pixel space trained by
 rectified flow; the paper's is a 0.3 B scale-wise autoregressive model. Eq. 4 steps by AdamW.
@@ -16,10 +16,10 @@ The pairs are read once, into arrays in out/pairs that all stages map into memor
 there. *Training* pairs are rated. *Validation* pairs are trusted and take part in eq. 5. *Test*
 pairs are trusted, too, and only stage 5 and its judge see them.
 
-The method reads as far as `main`. What comes after it can be skipped: readers of real pairs, and
-plumbing. Of that, these names stand in the method: `Pairs` (pictures, and captions as numbers),
-`draw_batches` (rows, batch after batch), `mine` (this process's share of a batch), `seeded` (random
-numbers by seed and step) and `Progress` (a loop that may be killed and continued).
+The method reads as far as `main`. What comes after it can be skipped: toy pairs, readers of real
+pairs, plumbing. Of that, these names stand in the method: `Pairs` (pictures, and captions as
+numbers), `draw_batches` (rows, batch after batch), `mine` (this process's share of a batch),
+`seeded` (random numbers by seed and step) and `Progress` (a loop that may be killed and continued).
 
 Shapes: B pairs in a batch, T words, P patches, D width, N pairs of a split, M rows of the arrays.
 
@@ -230,9 +230,59 @@ def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None):
     return net
 
 
+# ---- the stage -------------------------------------------------------------------------------
+def parse_args(argv=None):
+    args = parse(
+        argv, __doc__, dict(steps=12, batch_size=16),
+        data=("toy", f"toy, {', '.join(DATASETS)}, tar shards (* works), or a folder"),
+        val=("", "pairs you trust, as files like those of --data"),
+        pairs=(0, "take so many training pairs; 0 takes all"),
+        plant=([0.0], "dirt to plant: shares of plain, of noise, of wrong captions; or one"),
+        root=(str(Path(torch.hub.get_dir()) / "datasets"), "folder of the data sets"),
+        size=(16, "pixels a side"), words=(8, "words kept of a caption"),
+        patch=(4, "pixels a side of a patch"), width=(64, "of the proxy"),
+        batch_size=(64, "pairs, all processes"), steps=(400, "of warm-up"),
+        lr=(2e-3, "of the warm-up"), seed=(0, "of every random draw, in all stages"),
+        fp32=(False, "no bf16 or TF32 on a GPU, in all stages"))
+    args.plant, asked = (3 * args.plant)[:3], args.plant   # of PLANTED
+    if len(asked) not in (1, 3) or not all(share >= 0 for share in asked) or sum(args.plant) > 0.99:
+        raise SystemExit("--plant takes three shares, together 0.99 at most, or one for all three")
+    if args.val and args.data in ("own", "toy", *DATASETS):
+        raise SystemExit(f"--val goes with files: --data {args.data} has trusted pairs of its own")
+    for name in ("data", "val", "root"):                   # the same folder, wherever a stage runs
+        if vars(args)[name] not in ("", "own", "toy", *DATASETS):
+            setattr(args, name, os.path.abspath(os.path.expanduser(vars(args)[name])))
+    if {args.data, args.val} & {*map(str, Path(os.path.abspath(args.out), "x").parents)}:
+        raise SystemExit(f"--out {args.out} lies inside --data or --val, where its files would be "
+                         "read: name another")
+    return args
+
+
+def main(args, device):
+    out, ref = Path(args.out), build_proxy(args, device)   # theta_hat
+    prepare(out / "pairs", args)
+    pairs, val, test = (open_pairs(out / "pairs", split, device)
+                        for split in ("train", "val", "test"))
+    if (args.size, args.words) != (pairs.images.shape[2], pairs.tokens.shape[1]):
+        raise SystemExit(f"{out}/pairs: --data own was written with another --size or --words")
+    if len(pairs) < args.batch_size:
+        raise SystemExit(f"{len(pairs)} training pairs are fewer than --batch-size: lower it")
+    print0(f"pairs: {len(pairs)} train, {len(val)} val, {len(test)} test")
+    made = out / "pairs/made.json"
+    progress = Progress(out / "proxy.progress", {**vars(args), "pairs": digest(made)},
+                        ["loss", "grad_norm"])
+    train(ref, pairs, args.steps, args.batch_size, args.lr, args.seed, progress=progress)
+    save(out / "proxy.pt", "01_proxy.py", [made], args, ref.state_dict())
+    write_csv(out / "proxy.csv", ["step", "loss", "grad_norm"],
+              [(k, *row) for k, row in enumerate(progress.log, 1)])
+    progress.finish()
+    print0(f"wrote {out}/proxy.pt, .json, .csv: {sum(p.numel() for p in ref.parameters()):,}"
+           f" parameters, {args.steps} steps in {progress.seconds:.0f} s; next 02_meta_rater.py")
+
+
 # ---- pairs with known dirt: drawn, or planted in real ones ------------------------------------
-# Strata serve the analysis only: nothing rates by them (a test shuffles them), and selections know
-# what was planted, to leave it out.
+# A stratum says what a pair is, for the analysis only: nothing rates by it (a test shuffles them).
+# Strata that --plant gives are known to selections, too, which leave such pairs out.
 #   informative      45 %   one shape in colour on a background, and the caption says so
 #   plain            30 %   a white field; teaches nothing, lies about nothing, costs steps
 #   chaotic-noise    15 %   noise under a caption that promises a shape
@@ -310,56 +360,6 @@ def draw_toy(n, size, seed, split, first=0):
         yield f"{split}{first + k:06d}", pixels[k], captions[k], list(STRATA)[kind[k]]
 
 
-# ---- the stage -------------------------------------------------------------------------------
-def parse_args(argv=None):
-    args = parse(
-        argv, __doc__, dict(steps=12, batch_size=16),
-        data=("toy", f"toy, {', '.join(DATASETS)}, tar shards (* works), or a folder"),
-        val=("", "pairs you trust, as files like those of --data"),
-        pairs=(0, "take so many training pairs; 0 takes all"),
-        plant=([0.0], "dirt to plant: shares of plain, of noise, of wrong captions; or one"),
-        root=(str(Path(torch.hub.get_dir()) / "datasets"), "folder of the data sets"),
-        size=(16, "pixels a side"), words=(8, "words kept of a caption"),
-        patch=(4, "pixels a side of a patch"), width=(64, "of the proxy"),
-        batch_size=(64, "pairs, all processes"), steps=(400, "of warm-up"),
-        lr=(2e-3, "of the warm-up"), seed=(0, "of every random draw, in all stages"),
-        fp32=(False, "no bf16 or TF32 on a GPU, in all stages"))
-    args.plant, asked = (3 * args.plant)[:3], args.plant   # of PLANTED
-    if len(asked) not in (1, 3) or not all(share >= 0 for share in asked) or sum(args.plant) > 0.99:
-        raise SystemExit("--plant takes three shares, together 0.99 at most, or one for all three")
-    if args.val and args.data in ("own", "toy", *DATASETS):
-        raise SystemExit(f"--val goes with files: --data {args.data} has trusted pairs of its own")
-    for name in ("data", "val", "root"):                   # the same folder, wherever a stage runs
-        if vars(args)[name] not in ("", "own", "toy", *DATASETS):
-            setattr(args, name, os.path.abspath(os.path.expanduser(vars(args)[name])))
-    if {args.data, args.val} & {*map(str, Path(os.path.abspath(args.out), "x").parents)}:
-        raise SystemExit(f"--out {args.out} lies inside --data or --val, where its files would be "
-                         "read: name another")
-    return args
-
-
-def main(args, device):
-    out, ref = Path(args.out), build_proxy(args, device)   # theta_hat
-    prepare(out / "pairs", args)
-    pairs, val, test = (open_pairs(out / "pairs", split, device)
-                        for split in ("train", "val", "test"))
-    if (args.size, args.words) != (pairs.images.shape[2], pairs.tokens.shape[1]):
-        raise SystemExit(f"{out}/pairs: --data own was written with another --size or --words")
-    if len(pairs) < args.batch_size:
-        raise SystemExit(f"{len(pairs)} training pairs are fewer than --batch-size: lower it")
-    print0(f"pairs: {len(pairs)} train, {len(val)} val, {len(test)} test")
-    made = out / "pairs/made.json"
-    progress = Progress(out / "proxy.progress", {**vars(args), "pairs": digest(made)},
-                        ["loss", "grad_norm"])
-    train(ref, pairs, args.steps, args.batch_size, args.lr, args.seed, progress=progress)
-    save(out / "proxy.pt", "01_proxy.py", [made], args, ref.state_dict())
-    write_csv(out / "proxy.csv", ["step", "loss", "grad_norm"],
-              [(k, *row) for k, row in enumerate(progress.log, 1)])
-    progress.finish()
-    print0(f"wrote {out}/proxy.pt, .json, .csv: {sum(p.numel() for p in ref.parameters()):,}"
-           f" parameters, {args.steps} steps in {progress.seconds:.0f} s; next 02_meta_rater.py")
-
-
 # ---- pairs: prepared once, mapped afterwards -------------------------------------------------
 # For pairs in another layout a script writes these files (.assets/own.md has one), for --data own:
 #   images.npy (M, 3, S, S) uint8, tokens.npy (M, T) int16, entries.npy (M,) of ENTRY
@@ -423,7 +423,8 @@ class Pairs:
 def open_pairs(folder, split="train", device="cpu"):
     """One split of the pairs in `folder`, as Pairs."""
     if not (folder / "made.json").exists():
-        raise SystemExit(f"{folder} is missing: run 01_proxy.py with the same --out first")
+        raise SystemExit(f"{folder} is missing: run 01_proxy.py with the same --out first, or the "
+                         "script that writes it for --data own")
     arrays = [np.load(folder / f"{name}.npy", mmap_mode="r")
               for name in ("images", "tokens", "entries", split)]
     with open(folder / "texts.jsonl", "rb") as file:
@@ -991,7 +992,7 @@ class Progress:
                 raise SystemExit(f"{path} was begun with other {', '.join(other)}: finish that run "
                                  "first, or delete the file to begin anew")
             vars(self).update(state)
-            print0(f"continuing from {path}, step {self.step}")
+            print0(f"continuing from {path}" + f", step {self.step}" * (self.step > 0))
 
     def steps(self, goal, every=10, **parts):
         """The numbers of the steps that are left, from 0; `parts` are networks and optimisers."""
@@ -1078,13 +1079,15 @@ def check(path):
     """The record of a result, {} for a file of somebody else's. Ends the program where anything
     that it grew from has changed since."""
     known = read_json(path.with_suffix(".json"))
-    if path.suffix == ".json" or digest(path) not in (known.get("digest"), known.get("csv")):
+    if digest(path) not in (known.get("digest"), known.get("csv")):
         return {}
     for name, value in known["grew_from"].items():
         parent = path.parent / name
-        if parent.exists() and (digest(parent) != value or check(parent) is None):
+        if parent.exists() and digest(parent) != value:
             raise SystemExit(f"{path} was made from another {parent} than is there now: run "
                              f"{known['written_by']} again, with the same --out")
+        if parent.exists():
+            check(parent)
     return known
 
 

@@ -95,7 +95,7 @@ class Rater(nn.Module):
         return self.norm(torch.cat([h, cosine], 1))        # (B, D) from here on, one D more
 
     def logits(self, f):
-        """Instance rating of features (..., D) -> (...): eq. 7's W_i before its softmax."""
+        """Instance rating of features (..., D) -> (...): eq. 7's W_inst before its softmax."""
         return self.instance(f).squeeze(-1)
 
     def group_weight(self, mean, var):
@@ -136,7 +136,7 @@ def rank_normal(s):
 
 
 def negative_entropy(W_inst, W_batch):
-    """Added: sum_i W_i log W_i, and its two-way form for W_batch against 1 - W_batch.
+    """Added: sum_i W_inst,i log W_inst,i, and its two-way form for W_batch and 1 - W_batch.
 
     Without it the objective is linear in the weights and its optimum one pair, one group. With
     tau times it the optimum is logit = -W_batch E[signal] / tau: the rater becomes a regression.
@@ -183,7 +183,7 @@ def meta_step(nets, opts, train, val, rng, args, rest=False):
 
 # ---- the loop --------------------------------------------------------------------------------
 COLUMNS = ["val", "ref", "gap_mean", "gap_std", "ess", "W_batch", "logit_std",
-           "grad_norm"]    # what `meta_step` returns
+           "grad_norm"]    # what `meta_step` returns; the last is the sum of three
 
 
 def learn(nets, pairs, val, args, seed, progress):
@@ -199,12 +199,11 @@ def learn(nets, pairs, val, args, seed, progress):
 
 def warn_of_collapse(*means):
     """In words, all that is wrong with the rater, or ''."""
-    ess, W_batch, logit_std = (dict(zip(COLUMNS, means))[name]
-                               for name in ("ess", "W_batch", "logit_std"))
-    signs = {"a few pairs hold all weight (raise --tau)": ess < 0.2,
-             "W_batch is stuck and says nothing about its group": not 0.05 < W_batch < 0.95,
+    mean = dict(zip(COLUMNS, means))
+    signs = {"a few pairs hold all weight (raise --tau)": mean["ess"] < 0.2,
+             "W_batch is stuck and says nothing about its group": not 0.05 < mean["W_batch"] < 0.95,
              "every pair is rated alike (more warm-up, or better validation pairs)":
-                 logit_std < 0.01}
+                 mean["logit_std"] < 0.01}
     found = "; ".join(sign for sign, seen in signs.items() if seen)
     return f"   COLLAPSE: {found}" if found else ""
 

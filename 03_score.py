@@ -64,6 +64,7 @@ STRATUM_COLOURS = {        # collages: a stratum of photographs, not of the toy
                    "chaotic-caption": "#CC79A7", "planted-caption": "#CC79A7",
                    "chaotic-collage": "#009E73"}
 
+
 # ---- the score -------------------------------------------------------------------------------
 def mean_group_weight(rater, f, companions):
     """Mean W_batch (B,) over R groups: each pair's features f (B, D) beside the same companions.
@@ -188,14 +189,12 @@ def report(strata, columns, rankings):
         s1.print0(f"AUC by {name}: " + ", ".join(f"{kind} {area:.2f}"
                                                  for kind, area in kinds.items()))
     worst = {name: min(kinds.values()) for name, kinds in found.items()}
-    best, verdict = max(worst, key=worst.get), (
-        "finds" if worst["rating"] >= GOOD else "hardly finds" if worst["rating"] >= 0.65 else
-        "does not find")
-    s1.print0(f"the rating {verdict} every kind of known dirt: {worst['rating']:.2f} at worst (0.5 "
-              f"is chance, {GOOD} is good)" + (
-                  "; more --steps of 01 or 02 or better trusted pairs may help" + (
-                      f", and {best} finds more, {worst[best]:.2f}" * (best != "rating"))
-                  if verdict != "finds" else ""))
+    best, good = max(worst, key=worst.get), worst["rating"] >= GOOD
+    s1.print0(f"the rating {'finds' if good else 'does not find'} every kind of known dirt: "
+              f"{worst['rating']:.2f} at worst (0.5 is chance, {GOOD} is good)")
+    if not good:
+        s1.print0("more --steps of 01 or 02 or better trusted pairs may help" + (
+            f"; best is 04_select.py --rank-by {best}, {worst[best]:.2f}" * (best != "rating")))
 
 
 # ---- figures ---------------------------------------------------------------------------------

@@ -104,8 +104,11 @@ def list_arms(args, pairs, pool, arms):
                              f"{args.out}/pairs: rate those, without --data, in 03_score.py")
         s4.compare_keys(file, pairs)
     if args.selected:
-        names = [Path(file).stem for file in args.selected]
-        counts = sorted({len(s4.read_rows(Path(file), pairs)) for file in args.selected})
+        names, chosen = zip(*((Path(file).stem, s4.read_rows(Path(file), pairs))
+                              for file in args.selected))
+        if not np.isin(np.concatenate(chosen), pool).all():
+            raise SystemExit("--selected lists pairs with planted dirt: leave them out")
+        counts = sorted({len(rows) for rows in chosen})
         rivals = [Arm("full"), *(Arm(f"random {n}", keep=n) for n in counts)]
         if len({*names, "real", *(arm.name for arm in rivals)}) < len(names) + len(rivals) + 1:
             raise SystemExit(f"--selected {' '.join(names)}: names are not distinct, or taken")
@@ -114,7 +117,7 @@ def list_arms(args, pairs, pool, arms):
     for arm in arms:
         file = Path(args.out) / f"{arm.ratings}.npy"
         columns = {*(np.load(file, mmap_mode="r").dtype.names or ())} if file.exists() else set()
-        if not arm.ratings or {*arm.rank_by.split(",")} <= columns and s1.check(file) is not None:
+        if not arm.ratings or {*arm.rank_by.split(",")} <= columns:
             found.append(arm)
         else:
             s1.print0(f"{arm.name} is left out: {file} with {arm.rank_by} is missing (03_score.py"
@@ -123,16 +126,15 @@ def list_arms(args, pairs, pool, arms):
 
 
 def foretell(arms, args, lab):
-    """All that the arms read is read here, before any training. Returns {arm: steps}."""
+    """All that the arms read is read and checked here, before any training."""
     sizes = [len(choose_rows(arm, lab.pool, lab.pairs, args.out, lab.settings.seed))
              for arm in arms]
     if min(sizes) < args.batch_size:
         raise SystemExit(f"{arms[np.argmin(sizes)].name}: {min(sizes)} pairs are fewer than "
                          "--batch-size")
-    steps = {arm.name: args.epochs * (size // args.batch_size) for arm, size in zip(arms, sizes)}
-    s1.print0(f"{args.seeds * len(arms)} models, {args.seeds * sum(steps.values()):,} steps; fewer "
-              "--seeds or --epochs, or some files with --selected, make it less")
-    return steps
+    steps = args.seeds * args.epochs * sum(size // args.batch_size for size in sizes)
+    s1.print0(f"{args.seeds * len(arms)} models, {steps:,} steps; fewer --seeds or --epochs, or "
+              "some files with --selected, make it less")
 
 
 # ---- metrics ---------------------------------------------------------------------------------
@@ -221,7 +223,7 @@ def run_arm(work, args, device):
             **numbers, **shares}, s1.to_pixels(images.cpu().numpy())
 
 
-def run_all(stem, arms, steps, args, lab, device, cores):
+def run_all(stem, arms, args, lab, device, cores):
     """Every arm under every seed; STEM.csv grows with each. Returns rows, samples and progress."""
     files = [Path(arm.file or Path(args.out) / f"{arm.ratings}.npy") for arm in arms
              if arm.file or arm.ratings]
@@ -233,14 +235,13 @@ def run_all(stem, arms, steps, args, lab, device, cores):
     first = lab.settings.seed
     work = [(seed, arm) for seed in range(first, first + args.seeds) for arm in arms][len(results):]
     run, began = functools.partial(run_arm, args=args, device=device), time.monotonic()
-    done, left = 0, sum(steps[arm.name] for _, arm in work)
-    for (seed, arm), (result, images) in zip(work, s1.side_by_side(run, work, "spawn", cores)):
+    found = zip(work, s1.side_by_side(run, work, "spawn", cores))
+    for done, ((seed, arm), (result, images)) in enumerate(found, 1):
         results.append(result)
         samples.setdefault(arm.name, torch.from_numpy(images[:8]))
         if args.save_images:
             save_images(args, f"{arm.name} seed {seed}", images, lab.test)
-        done, left = done + steps[arm.name], left - steps[arm.name]
-        minutes = (time.monotonic() - began) / 60 * left / done
+        minutes = (time.monotonic() - began) / 60 * (len(work) / done - 1)
         s1.print0(f"seed {seed}  {arm.name:30} " + "  ".join(
             f"{name} {result[name]:.3f}" for name in METRICS) + f"  {minutes:.1f} minutes left")
         s1.write_csv(f"{stem}.csv", list(result), [
@@ -362,7 +363,7 @@ def main(args, device, arms=ARMS, name="results"):
     if len(lab.pool) < len(lab.pairs):                     # as in the selections of stage 4
         s1.print0(f"{len(lab.pairs) - len(lab.pool)} pairs with planted dirt are in no arm")
     arms = list_arms(args, lab.pairs, lab.pool, arms)
-    steps = foretell(arms, args, lab)
+    foretell(arms, args, lab)
     judge, reference = open_judge(args.out, args.weights, args.smoke, device)
     rows = np.arange(min(DRAWN, len(lab.val)))
     real = judge_images(judge, lab.val.batch(rows)[0], lab.val.read("caption", rows), reference)
@@ -371,7 +372,7 @@ def main(args, device, arms=ARMS, name="results"):
     s1.print0(floor)
     if args.save_images:
         save_images(args, "real", lab.test.images[lab.test.rows], lab.test)
-    results, samples, progress = run_all(stem, arms, steps, args, lab, device, cores)
+    results, samples, progress = run_all(stem, arms, args, lab, device, cores)
     table = tabulate(results, arms, floor)
     if s1.rank() == 0:
         with s1.atomic_file(f"{stem}.md") as file:
@@ -572,7 +573,7 @@ class StandardJudge:
 
     def embed_images(self, x):
         """The same for images (B, 3, H, W) in [-1, 1], rounded as a saved file would be."""
-        pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+        pixels = torch.from_numpy(s1.to_pixels(x.cpu().numpy()))
         parts = [self.embed_pixels(list(part)) for part in pixels.split(50)]
         return torch.cat([f for f, _ in parts]), torch.cat([unit for _, unit in parts])
 

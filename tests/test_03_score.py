@@ -141,6 +141,22 @@ def test_a_constant_column_in_a_joined_ranking_changes_nothing(stage):
         stage(3).places(-columns["ref_loss"]) + stage(3).places(columns["instance"])) / 2)
 
 
+def test_the_verdict_is_that_of_the_kind_found_worst(stage, capsys):
+    """It names the ranking that does better, and none where there is none, or nothing known."""
+    strata = np.array(["informative"] * 4 + ["plain"] * 4 + ["chaotic-noise"] * 4)
+    low, mixed = np.repeat([2.0, 1, 0], 4), np.repeat([1.0, 0, 1], 4)
+    for rating, contrast, verdict, cure in (
+            (low, mixed, "finds every kind of known dirt: 1.00", ""),
+            (mixed, low, "does not find every kind of known dirt: 0.50", "--rank-by contrast, 1.00"),
+            (mixed, -low, "does not find every kind of known dirt: 0.50", "pairs may help\n")):
+        stage(3).report(strata, {"rating": rating, "contrast": contrast}, ["rating", "contrast"])
+        said = capsys.readouterr().out
+        assert f"the rating {verdict} at worst" in said and cure in said
+        assert ("may help" in said) == (cure != "")
+    stage(3).report(np.array([""] * 12), {"rating": low}, ["rating"])
+    assert "is not known: 01_proxy.py --plant" in capsys.readouterr().out
+
+
 # ---- the stage ---------------------------------------------------------------------------------
 def test_the_stage_writes_a_table_twice_and_says_what_it_found(stage, chain, tmp_path, capsys):
     """The same in both files, by row and key; AUCs of the order in which stage 4 would rank."""

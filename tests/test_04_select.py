@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from common import collect
 from conftest import launch
@@ -182,6 +183,26 @@ def test_ties_at_the_cut_are_said_with_their_number(stage, tmp_path, capsys, rat
     heard = capsys.readouterr().out
     assert ("were drawn" in heard) == (said != "")
     assert not said or stage(1).re.search(said, heard)
+
+
+def test_the_contact_sheet_shows_both_sides_of_the_cut(stage, tmp_path, monkeypatch):
+    """Best rated first, by key and caption; of pairs that are all kept, one side."""
+    write_pairs(stage, tmp_path)
+    pairs, sheets = stage(1).open_pairs(tmp_path / "pairs"), []
+    monkeypatch.setattr(stage(4), "SHOWN", 3)
+    monkeypatch.setattr(stage(3), "draw_rows", lambda path, rows: sheets.append(rows))
+    rating = np.random.default_rng(0).permutation(40) * 1.0
+    best = np.argsort(-rating)
+    for kept in (np.sort(best[:20]), np.arange(40)):
+        stage(4).draw_contact_sheet(tmp_path / "s.png", pairs, rating, kept)
+    ends = {"kept,\nhighest 3": best[:3], "kept,\nlowest 3": best[17:20],
+            "left out,\nhighest 3": best[20:23], "left out,\nlowest 3": best[-3:]}
+    assert list(sheets[0]) == list(ends) and len(sheets[1]) == 2
+    for name, rows in ends.items():
+        images, titles = sheets[0][name]
+        assert torch.equal(images, pairs.batch(rows)[0])
+        assert titles == [f"{key} {caption}" for key, caption in zip(
+            pairs.read("key", rows), pairs.read("caption", rows))]
 
 
 def test_planted_pairs_are_in_no_selection_and_counted(stage, tmp_path, capsys):

@@ -113,6 +113,9 @@ def test_selections_of_one_name_are_refused(stage, tmp_path):
     for taken in (files[:2], files[2:3], files[3:4], files[:1] * 2):
         with pytest.raises(SystemExit, match="names are not distinct, or taken"):
             choose(*taken)
+    pool = np.arange(1, 256)                               # pair 0 is planted dirt
+    with pytest.raises(SystemExit, match="lists pairs with planted dirt"):
+        choose(files[0])
 
 
 TEN = "".join(f"{row}\n" for row in range(10))
