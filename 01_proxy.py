@@ -16,10 +16,10 @@ The pairs are read once, into arrays in out/pairs that all stages map into memor
 there. *Training* pairs are rated. *Validation* pairs are trusted and take part in eq. 5. *Test*
 pairs are trusted, too, and only stage 5 and its judge see them.
 
-The method reads as far as `main`. What comes after it can be skipped: toy pairs, readers of real
-pairs, plumbing. Of that, these names stand in the method: `Pairs` (pictures, and captions as
-numbers), `draw_batches` (rows, batch after batch), `mine` (this process's share of a batch),
-`seeded` (random numbers by seed and step) and `Progress` (a loop that may be killed and continued).
+What comes after `main` can be skipped: toy pairs, readers of real pairs, plumbing. Of that, these
+names stand in the method: `Pairs` (pictures, and captions as numbers), `draw_batches` (rows, batch
+after batch), `mine` (this process's share of a batch), `seeded` (random numbers by seed and step)
+and `Progress` (a loop that may be killed and continued).
 
 Shapes: B pairs in a batch, T words, P patches, D width, N pairs of a split, M rows of the arrays.
 
@@ -37,21 +37,17 @@ import functools
 import glob
 import hashlib
 import io
-import itertools
 import json
 import mmap
 import multiprocessing
 import os
 import re
 import shutil
-import signal
-import sys
 import tarfile
 import threading
 import time
 import unicodedata
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,9 +56,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torchvision import datasets
+from torch.utils.data import DataLoader
 
 VOCABULARY = 2048          # rows of the word table; a word's row follows from its CRC-32
 DEPTH = 3                  # blocks of the proxy
@@ -71,6 +67,7 @@ CAPTION_DROPOUT = 0.1      # share of captions blanked in training, for classifi
 TOY_PAIRS = {"train": 4000, "val": 1000, "test": 1000}
 SMOKE_PAIRS = {"train": 256, "val": 64, "test": 64}
 DATASETS = ("FashionMNIST", "MNIST", "CIFAR10", "CIFAR100")        # of torchvision
+BUILT_IN = ("toy", *DATASETS, "own")                       # --data that is no path
 DATASET_TRUSTED = 1000     # validation pairs, of their training split; twice as many test pairs
 
 
@@ -149,8 +146,8 @@ def time_features(t, width):
 def build_proxy(settings, device):
     """The network that the options of this stage describe, with fresh weights."""
     net = DiT(settings.size, settings.patch, settings.width, DEPTH, settings.words).to(device)
-    net.bf16 = (device.type == "cuda" and not settings.fp32
-                and torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cuda" and not settings.fp32 and torch.cuda.is_bf16_supported(False):
+        net.forward = torch.autocast("cuda", torch.bfloat16)(net.forward)     # of this pass alone
     torch.set_float32_matmul_precision("highest" if settings.fp32 else "high")         # TF32
     return net
 
@@ -160,13 +157,7 @@ def flow_loss(net, x, c, t, eps):
     """L(net; x_i) for every pair, (B,): squared error of the predicted velocity at time t."""
     along = t[:, None, None, None]
     x_t = (1 - along) * x + along * eps                                       # (B, 3, H, W)
-    return (velocity(net, x_t, t, c) - (eps - x)).square().mean((1, 2, 3))    # (B,)
-
-
-def velocity(net, x_t, t, c):
-    """What `net` predicts, like x_t. This forward pass alone may run in bfloat16, on a GPU."""
-    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=getattr(net, "bf16", False)):
-        return net(x_t, t, c).to(x_t.dtype)
+    return (net(x_t, t, c) - (eps - x)).square().mean((1, 2, 3))              # (B,)
 
 
 def draw_noise(x, rng, shift=0.0):
@@ -188,7 +179,7 @@ def sample(net, c, eps, steps=12, guidance=2.0):
     """
     x, both = eps.clone(), torch.cat([c, torch.zeros_like(c)])                # (B, ...), (2B, T)
     for t in torch.linspace(1, 0, steps + 1, device=x.device)[:-1]:
-        v, v_empty = velocity(net, x.repeat(2, 1, 1, 1), t.expand(len(both)), both).chunk(2)
+        v, v_empty = net(x.repeat(2, 1, 1, 1), t.expand(len(both)), both).chunk(2)
         x = x - (v_empty + guidance * (v - v_empty)) / steps
     return x.clamp(-1, 1)
 
@@ -247,14 +238,11 @@ def parse_args(argv=None):
     args.plant, asked = (3 * args.plant)[:3], args.plant   # of PLANTED
     if len(asked) not in (1, 3) or not all(share >= 0 for share in asked) or sum(args.plant) > 0.99:
         raise SystemExit("--plant takes three shares, together 0.99 at most, or one for all three")
-    if args.val and args.data in ("own", "toy", *DATASETS):
+    if args.val and args.data in BUILT_IN:
         raise SystemExit(f"--val goes with files: --data {args.data} has trusted pairs of its own")
     for name in ("data", "val", "root"):                   # the same folder, wherever a stage runs
-        if vars(args)[name] not in ("", "own", "toy", *DATASETS):
+        if vars(args)[name] not in ("", *BUILT_IN):
             setattr(args, name, os.path.abspath(os.path.expanduser(vars(args)[name])))
-    if {args.data, args.val} & {*map(str, Path(os.path.abspath(args.out), "x").parents)}:
-        raise SystemExit(f"--out {args.out} lies inside --data or --val, where its files would be "
-                         "read: name another")
     return args
 
 
@@ -263,10 +251,10 @@ def main(args, device):
     prepare(out / "pairs", args)
     pairs, val, test = (open_pairs(out / "pairs", split, device)
                         for split in ("train", "val", "test"))
-    if (args.size, args.words) != (pairs.images.shape[2], pairs.tokens.shape[1]):
-        raise SystemExit(f"{out}/pairs: --data own was written with another --size or --words")
-    if len(pairs) < args.batch_size:
-        raise SystemExit(f"{len(pairs)} training pairs are fewer than --batch-size: lower it")
+    if ((args.size, args.words) != (pairs.images.shape[2], pairs.tokens.shape[1])
+            or len(pairs) < args.batch_size):
+        raise SystemExit(f"{out}/pairs: --data own was written with another --size or --words, or "
+                         "has fewer training pairs than --batch-size")
     print0(f"pairs: {len(pairs)} train, {len(val)} val, {len(test)} test")
     made = out / "pairs/made.json"
     progress = Progress(out / "proxy.progress", {**vars(args), "pairs": digest(made)},
@@ -276,18 +264,17 @@ def main(args, device):
     write_csv(out / "proxy.csv", ["step", "loss", "grad_norm"],
               [(k, *row) for k, row in enumerate(progress.log, 1)])
     progress.finish()
-    print0(f"wrote {out}/proxy.pt, .json, .csv: {sum(p.numel() for p in ref.parameters()):,}"
-           f" parameters, {args.steps} steps in {progress.seconds:.0f} s; next 02_meta_rater.py")
+    return (f"wrote {out}/proxy.pt, .json, .csv: {sum(p.numel() for p in ref.parameters()):,} "
+            "parameters; next 02_meta_rater.py")
 
 
 # ---- pairs with known dirt: drawn, or planted in real ones ------------------------------------
 # A stratum says what a pair is, for the analysis only: nothing rates by it (a test shuffles them).
-# Strata that --plant gives are known to selections, too, which leave such pairs out.
-#   informative      45 %   one shape in colour on a background, and the caption says so
-#   plain            30 %   a white field; teaches nothing, lies about nothing, costs steps
-#   chaotic-noise    15 %   noise under a caption that promises a shape
-#   chaotic-caption  10 %   a clean picture under a caption of which nothing is right: no statistic
-#                           of the image can find these
+# Selections leave out what --plant has planted.
+#   informative      one shape in colour on a background, and the caption says so
+#   plain            a white field; teaches nothing, lies about nothing, costs steps
+#   chaotic-noise    noise under a caption that promises a shape
+#   chaotic-caption  a clean picture, and nothing of its caption is right
 STRATA = {"informative": 0.45, "plain": 0.30, "chaotic-noise": 0.15, "chaotic-caption": 0.10}
 PLANTED = ("planted-plain", "planted-noise", "planted-caption")
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230),
@@ -439,8 +426,8 @@ def prepare(folder, args):
     anew. args without `val` (03_score.py --data) make one split, train, of all pairs.
     """
     if rank() == 0:
-        part, old, skipped = Path(f"{folder}.part"), read_json(folder / "made.json"), []
-        tasks, stamp = list_tasks(args, skipped)
+        part, old = Path(f"{folder}.part"), read_json(folder / "made.json")
+        tasks, stamp = list_tasks(args)
         made = {name: vars(args).get(name) for name in PREPARED} | {"files": stamp,
                                                                    "form": repr(ENTRY)}
         changed = ", ".join(name for name in made if old.get(name) != made[name] and tasks)
@@ -451,7 +438,7 @@ def prepare(folder, args):
             part.mkdir(parents=True)
             print0(f"{folder}: {3 * args.size ** 2 + 2 * args.words + 150} bytes of disk a pair, "
                    f"{shutil.disk_usage(part).free / 1e9:.1f} GB are free")
-            split_rows(part, read_tasks(part, tasks, args, skipped), args)
+            split_rows(part, read_tasks(part, tasks, args), args)
             if any(made["plant"] or ()):
                 plant_pairs(part, args)
             made["digest"] = digest(part / "entries.npy") + digest(part / "texts.jsonl")
@@ -463,7 +450,7 @@ def prepare(folder, args):
     add_up(torch.zeros(1))                                 # the others wait here
 
 
-def list_tasks(args, skipped):
+def list_tasks(args):
     """[(label, reader, its arguments)] for all pairs that the options name, and digits for the
     names, sizes and times of their files. The label is a split; `data` or `val` for files."""
     if args.data == "own":
@@ -474,22 +461,21 @@ def list_tasks(args, skipped):
         return [(split, draw_toy, (min(TOY_TASK, n - first), args.size, args.seed, split, first))
                 for split, n in counts.items() for first in range(0, n, TOY_TASK)], ""
     if args.data in DATASETS:
-        return [(split, read_dataset, (name, part, data.data[part], [
-            data.classes[int(data.targets[row])] for row in part], args.size))
+        return [(split, read_dataset, (name, data, part, args.size))
                 for split, name, data, rows in split_dataset(args)
                 for part in np.array_split(rows, len(rows) // TASK + 1)], ""
     tasks, stamps = [], []
     for label in ("data", "val"):
         path = vars(args).get(label)
-        sources, files = list_sources(path, skipped) if path else ([], [])
+        sources, files = list_sources(path) if path else ([], [])
         tasks += [(label, read_pairs, (source, args.size)) for source in sources]
         stamps += [(file, os.path.getsize(file), os.stat(file).st_mtime_ns) for file in files]
     return tasks, f"{hash64(repr(stamps).encode()):016x}"
 
 
-def read_tasks(folder, tasks, args, skipped):
+def read_tasks(folder, tasks, args):
     """Write the arrays of all tasks into `folder`, read by all cores. Returns the labels (M,)."""
-    counts, began, told = [], time.monotonic(), time.monotonic()
+    counts, skipped, began, told = [], [], time.monotonic(), time.monotonic()
     parts = side_by_side(functools.partial(read_task, args=args), tasks, "fork")
     with contextlib.ExitStack() as stack:
         texts, *files = (stack.enter_context(open(folder / name, "wb")) for name in (
@@ -566,11 +552,9 @@ def split_rows(folder, labels, args):
         lots = np.argsort(keys[splits["train"]])[:args.pairs]
         splits["train"] = splits["train"][np.sort(lots)]
     for split, rows in splits.items():
-        least = max(LEAST, vars(args).get("batch_size", 0))
-        if len(rows) < least:
-            cure = "add pairs" + ", or lower --batch-size" * (least > LEAST)
-            raise SystemExit(f"{args.data}: the {split} split has {len(rows)} readable pairs, "
-                             f"fewer than {least}: {cure if len(rows) else LAYOUTS}")
+        if len(rows) < (least := max(LEAST, vars(args).get("batch_size", 0))):
+            raise SystemExit(f"{args.data}: the {split} split has {len(rows)} readable pairs, less "
+                             f"than {least}: add pairs, or lower --batch-size; {LAYOUTS}")
         np.save(folder / f"{split}.npy", rows)
         shared = np.intersect1d(entries["pixels"][rows], entries["pixels"][splits["train"]])
         if split != "train" and len(shared):
@@ -615,18 +599,14 @@ def plant_pairs(folder, args):
 def split_dataset(args):
     """[(split, its name in keys, data set, rows)] of one of DATASETS, which torchvision downloads
     to --root: no validation pair is a training pair, and the test has the test split's."""
+    from torchvision import datasets                       # takes as long to import as torch
     kind, rng = getattr(datasets, args.data), np.random.default_rng(args.seed)
     try:
         data, test = (kind(args.root, train, download=True) for train in (True, False))
-        for split in (data, test):
-            if len(split.targets) != len(split.data) or max(split.targets) >= len(split.classes):
-                raise ValueError("labels and pictures do not belong to each other")
     except Exception as error:                             # of another file under its name, any
-        names = [name.removesuffix(".gz") for name, _ in getattr(kind, "resources", None)
-                 or [*kind.train_list, *kind.test_list, (kind.meta["filename"], "")]]
-        folder, why = getattr(kind, "base_folder", f"{args.data}/raw"), str(error).split("\n")[0]
-        raise SystemExit(f"{args.data} could not be read or downloaded ({why}): put "
-                         f"{', '.join(names)} into {args.root}/{folder}, or name another --root")
+        why = " ".join(str(error).split())
+        raise SystemExit(f"{args.data} could not be read or downloaded ({why}): put its files into "
+                         f"{args.root}, or name another --root")
     order, test_order = (rng.permutation(len(split)) for split in (data, test))
     trusted = min(DATASET_TRUSTED, len(data) // 5)
     train = np.sort(order[trusted:][:args.pairs or None])
@@ -634,17 +614,14 @@ def split_dataset(args):
             ("test", "test", test, test_order[:2 * DATASET_TRUSTED])]
 
 
-def read_dataset(name, rows, pictures, classes, size):
-    """Pairs (key, image, caption, stratum) of a data set under captions 'a photo of a CLASS'."""
-    for row, picture, word in zip(rows, pictures, classes):
-        image = Image.fromarray(np.asarray(picture)).convert("RGB")
-        yield f"{name}{row:05d}", shrink(image, size), name_class(word), "informative"
-
-
-def name_class(name):
-    """'T-shirt/top', '8 - eight', 'aquarium_fish' -> 'a photo of a t-shirt', 'an eight', ..."""
-    word = name.split(" - ")[-1].split("/")[0].replace("_", " ").lower()
-    return f"a photo of {'an' if word[0] in 'aeiou' and word != 'one' else 'a'} {word}"
+def read_dataset(name, data, rows, size):
+    """Pairs (key, image, caption, stratum) of a data set: 'T-shirt/top' is 'a photo of a t-shirt',
+    '8 - eight' 'a photo of an eight'."""
+    for row in rows:
+        image, label = data[row]
+        word = data.classes[label].split(" - ")[-1].split("/")[0].replace("_", " ").lower()
+        caption = f"a photo of {'an' if word[0] in 'aeiou' and word != 'one' else 'a'} {word}"
+        yield f"{name}{row:05d}", shrink(image.convert("RGB"), size), caption, "informative"
 
 
 # ---- reading real pairs: WebDataset tars, folders, a table ------------------------------------
@@ -659,10 +636,9 @@ LAYOUTS = ("a pair is a picture and a .txt, .caption or .json of the same name i
 SPLIT = re.compile(r"(?s)(?:\./)?((?:.*/)?[^./]*)(.*)")    # a name: its key, its suffix
 CONTROLS = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 UNSAFE = re.compile(r"(?s)[/\\]|.:|(.*[/\\])?\.\.([/\\]|$)|.*[\0-\x1f\x7f-\x9f\u2028\u2029]")
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 30      # not used, no fault
 
 
-def list_sources(path, skipped):
+def list_sources(path):
     """Tars, or lists of up to TASK loose pairs, in `path`, where * works; and all files there."""
     places = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     if not places:
@@ -678,65 +654,63 @@ def list_sources(path, skipped):
         return tars, files
     tables = [file for file in shown if file.lower().endswith((".csv", ".jsonl"))]
     named = [(os.path.relpath(file, top).replace(os.sep, "/"),
-              Path(file).read_bytes) for file in files]
-    pairs = [*read_table(tables[0], files, skipped)] if len(tables) == 1 else []
-    pairs = pairs or [*group_files(sorted(named, key=lambda item: SPLIT.match(item[0]).groups()),
-                                   skipped)]
-    if not any(of_types(pair, TEXT_TYPES) and of_types(pair, IMAGE_TYPES) for _, pair in pairs):
-        raise SystemExit(
-            f"{path}: no pair among {len(of_types(files, IMAGE_TYPES))} pictures, "
-            f"{len(of_types(files, TEXT_TYPES))} texts and {len(tables)} tables" + "".join(
-                f", {table} which begins with {open(table, 'rb').readline()[:100]}"
-                for table in tables) + f": {LAYOUTS}")
+              Path(file).read_bytes, "") for file in files]
+    pairs = [*read_table(tables[0], files)] if len(tables) == 1 else []
+    if not any(pair for _, pair, _ in pairs):
+        pairs = [*group_files(sorted(named, key=lambda item: SPLIT.match(item[0]).groups()))]
+    if not any(of_types(pair, TEXT_TYPES) and of_types(pair, IMAGE_TYPES) for _, pair, _ in pairs):
+        raise SystemExit(f"{path}: no pair in {len(files)} files, {len(tables)} of them tables: "
+                         f"{LAYOUTS}")
     return [pairs[k:k + TASK] for k in range(0, len(pairs), TASK)], files
 
 
-def list_pairs(source, skipped):
-    """(key, {suffix: function that reads it}) of a source."""
-    return (group_files(list_members(source, skipped), skipped) if isinstance(source, str)
-            else source)
+def list_pairs(source):
+    """(key, {suffix: function that reads it}, "") of a source, or (name, {}, why it is skipped)."""
+    return group_files(list_members(source)) if isinstance(source, str) else source
 
 
-def list_members(tar_path, skipped):
-    """(name, function that reads it) of the files of a tar, as far as it is sound."""
-    end, size = 0, os.path.getsize(tar_path)
-    with contextlib.suppress(tarfile.TarError, OSError, ValueError):          # said below
-        tar = tarfile.open(tar_path, "r:", encoding="utf-8")
+def list_members(path):
+    """(name, function that reads it, "") of the files of a tar as far as it is sound, or (name,
+    None, why it is skipped)."""
+    try:
+        tar = tarfile.open(path, "r:", encoding="utf-8")
         for member in iter(tar.next, None):
             tar.members.clear()                            # tarfile would keep them all
-            if tar.offset <= end:
-                break                                      # a damaged size that leads backwards
-            end = tar.offset
             if member.isfile():
-                yield member.name, lambda member=member: tar.extractfile(member).read()
+                yield member.name, lambda member=member: tar.extractfile(member).read(), ""
             elif not member.isdir():
-                skipped.append(("link or device in a tar", member.name))
-    with open(tar_path, "rb") as file:
-        file.seek(end)
-        tail = file.read(12000)                            # the end mark: zeros, a record at most
-    if not tarfile.BLOCKSIZE <= len(tail) < 12000 or tail.strip(b"\0"):
-        skipped.append((f"damaged, cut or compressed tar: {max(size - end, 0)} of {size} bytes not "
-                        "read", os.path.basename(tar_path)))
+                yield member.name, None, "link or device in a tar"
+        tar.fileobj.seek(tar.offset)
+        tail = tar.fileobj.read(12000)                     # the end mark: zeros, a record at most
+        if not 512 <= len(tail) < 12000 or tail.strip(b"\0"):
+            raise ValueError(f"nothing was read beyond byte {tar.offset}")
+    except (tarfile.TarError, OSError, ValueError) as error:
+        yield os.path.basename(path), None, f"damaged, cut or compressed tar: {error}"
 
 
-def group_files(files, skipped):
-    """(key, {suffix: function that reads it}) of neighbours with one key, of (name, function). As
-    in WebDataset, the key is the name up to its first dot."""
-    def is_sound(file):
-        name = file[0].removeprefix("./")
-        if UNSAFE.match(name) or "/." in f"/{name}":
-            skipped.append(("hidden file or unsafe name", name))
-            return False
-        return True
-    sound = filter(is_sound, files)
-    for key, group in itertools.groupby(sound, lambda file: SPLIT.match(file[0])[1]):
-        yield (key.encode("utf-8", "backslashreplace").decode(),
-               {SPLIT.match(name)[2].lower(): read for name, read in group})
+def group_files(files):
+    """What `list_pairs` yields, of files as in `list_members`: neighbours with one key are a pair.
+    As in WebDataset, the key is the name up to its first dot."""
+    key, pair = None, {}
+    for name, read, reason in files:
+        name = name.removeprefix("./")
+        if read and (UNSAFE.match(name) or "/." in f"/{name}"):
+            read, reason = None, "hidden file or unsafe name"
+        if not read:
+            yield name, {}, reason
+            continue
+        last, (key, suffix) = key, SPLIT.match(name).groups()
+        if pair and key != last:
+            yield last.encode("utf-8", "backslashreplace").decode(), pair, ""
+            pair = {}
+        pair[suffix.lower()] = read
+    if pair:
+        yield key.encode("utf-8", "backslashreplace").decode(), pair, ""
 
 
-def read_table(table, files, skipped):
-    """(key, {suffix: function that reads it}) of the rows of a table, whose pictures are among
-    `files`: under the path that it gives; a bare name that is the only one, anywhere."""
+def read_table(table, files):
+    """What `list_pairs` yields, of the rows of a table, whose pictures are among `files`: under the
+    path that it gives; a bare name that is the only one, anywhere."""
     named, k = collections.Counter(map(os.path.basename, files)), 0
     by_name = {name: file for file in files if named[name := os.path.basename(file)] == 1}
     by_name |= dict(zip(files, files))
@@ -750,32 +724,28 @@ def read_table(table, files, skipped):
             path = os.path.normpath(os.path.join(os.path.dirname(table), str(name)))
             picture = by_name.get(path) or by_name.get(str(name))
             if None in (*row, *row.values()) or not isinstance(name, str) or UNSAFE.match(name):
-                skipped.append(("row that does not fit its table", f"{table}, row {k}"))
+                yield f"{table}, row {k}", {}, "row that does not fit its table"
             elif not picture:
-                skipped.append(("image file missing", f"{table}, row {k}: {name}"))
+                yield f"{table}, row {k}: {name}", {}, "image file missing"
             else:
                 kind = os.path.splitext(picture)[1].lower()
                 note = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
-                yield (os.path.splitext(name)[0].encode("utf-8", "backslashreplace").decode(), {
+                yield os.path.splitext(name)[0].encode("utf-8", "backslashreplace").decode(), {
                     kind if kind in IMAGE_TYPES else ".jpg": Path(picture).read_bytes,
-                    ".json": functools.partial(bytes, note)})
+                    ".json": functools.partial(bytes, note)}, ""
         return
-    skipped.append(("row that does not fit its table", f"{table}, row {k + 1}, and all after it"))
+    yield f"{table}, row {k + 1}, and all after it", {}, "row that does not fit its table"
 
 
 def read_pairs(source, size):
     """(key, image (3, size, size) uint8, caption, stratum) of a source's pairs; (name, None,
     reason, "") of what is skipped."""
-    skipped, where = [], f"{source}: " if isinstance(source, str) else ""
-    for key, files in list_pairs(source, skipped):
-        skipped += [("further picture of a pair: a key ends at the first dot", key + kind)
-                    for kind in of_types(files, IMAGE_TYPES)[1:]]
-        pair = decode_pair(files, size)
-        if isinstance(pair, str):
-            skipped.append((pair, key))
-        else:
-            yield key, *pair
-    yield from ((where + name, None, reason, "") for reason, name in skipped)
+    where = f"{source}: " if isinstance(source, str) else ""
+    for key, files, reason in list_pairs(source):
+        for kind in of_types(files, IMAGE_TYPES)[1:]:
+            yield where + key + kind, None, "further picture of a pair: a key ends at a dot", ""
+        pair = reason or decode_pair(files, size)
+        yield (where + key, None, pair, "") if isinstance(pair, str) else (key, *pair)
 
 
 def decode_pair(files, size):
@@ -785,7 +755,7 @@ def decode_pair(files, size):
     """
     images = of_types(files, IMAGE_TYPES)
     if not images:
-        return "no picture beside it" if of_types(files, TEXT_TYPES) else "neither picture nor text"
+        return "no picture beside it"
     try:
         texts = [(kind, files[kind]().decode("utf-8-sig")) for kind in of_types(files, TEXT_TYPES)]
         records = [parse_json(text) if kind.endswith(".json") else {"caption": text}
@@ -794,8 +764,7 @@ def decode_pair(files, size):
         caption = next((text for text in captions if text.lower() not in NO_CAPTION), None)
         stratum = " ".join(clean(record.get("stratum")) for record in records).strip()
         if not caption:
-            fields = ", ".join(sorted(set().union(*records) - set(CAPTION_NAMES)))
-            return "no caption beside it" + f", but {fields[:80]}" * bool(fields)
+            return "no caption beside it"
         return decode_image(files[images[0]](), size), caption, stratum
     except UnicodeDecodeError:
         return "caption is not UTF-8"
@@ -804,9 +773,9 @@ def decode_pair(files, size):
 
 
 def of_types(kinds, types):
-    """The suffixes of some types, the preferred first: '.jpg', then '.png', then '.seg.jpg'."""
-    return sorted((kind for kind in kinds if kind.lower().endswith(types)), key=lambda kind: (
-        kind.count("."), types.index(kind[kind.rindex("."):].lower()), kind))
+    """The suffixes that end in one of `types`, fewest dots first, then in the order of `types`."""
+    found = [kind for end in types for kind in kinds if kind.lower().endswith(end)]
+    return sorted(found, key=lambda kind: kind.count("."))  # of .png and .seg.jpg the first
 
 
 def parse_json(text):
@@ -909,37 +878,28 @@ def print0(*words):
 
 
 def launch(main, args):
-    """Call main(args, device): one process of torchrun's, or alone."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")           # the terminal may not have ±
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
-    if all(map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))):  # torchrun
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            print(f"waiting for {os.environ['WORLD_SIZE']} processes, this is number "
-                  f"{os.environ['RANK']}; without torchrun, unset RANK and WORLD_SIZE", flush=True)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)       # else Ctrl-C has to wait, too
+    """Print what main(args, device) returns: as one process of torchrun's, or alone."""
+    began, cuda = time.monotonic(), torch.cuda.is_available()
+    if dist.is_torchelastic_launched():
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                 timeout=datetime.timedelta(days=7))           # while 01 reads
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     if vars(args).get("batch_size", 0) % world():
         raise SystemExit(f"--batch-size {args.batch_size} must divide by {world()} processes")
     torch.manual_seed(vars(args).get("seed", 0))
     try:
-        main(args, torch.device("cuda" if cuda else "cpu"))
+        end = main(args, torch.device("cuda" if cuda else "cpu"))
+        print0(f"{end} ({time.monotonic() - began:.0f} s)")
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print0("\nstopped: the same command goes on from the last save, a minute ago at most")
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)      # of children that are killed now
-        for child in multiprocessing.active_children():
-            child.kill()
-        os._exit(130)
+        os._exit(130)                                      # its workers end with it
     except OSError as error:
-        why = str(error).strip().rpartition("\n")[2]          # of a reader, its last line
-        raise SystemExit(f"{args.out}: {why}: mend that and run the same command again")
+        why = str(error).strip().rpartition("\n")[2]       # of a worker, its last line
+        raise SystemExit(f"{args.out}: {why}: mend that and run the same command again; earlier "
+                         "files are as they were")
     except (RuntimeError, MemoryError) as error:
-        if not re.search("out of memory|allocate|ALLOC_FAILED|abruptly|killed by", str(error)):
+        if not re.search("out of memory|allocate|ALLOC_FAILED|killed by", str(error)):
             raise
         raise SystemExit("out of memory: lower --batch-size, or --size and --width of 01_proxy.py")
     if dist.is_initialized():
@@ -948,22 +908,14 @@ def launch(main, args):
 
 def side_by_side(run, work, how, cores=None):
     """run(...) of all `work`, in order, by a process for each core. how: fork or spawn."""
-    processes, pool = min(cores or torch.get_num_threads(), len(work)), None
-    with contextlib.suppress(OSError, ImportError, NotImplementedError):      # no semaphores here
-        if processes > 1:
-            context = multiprocessing.get_context(how)
-            pool = ProcessPoolExecutor(processes, context, begin_worker)
-    try:
-        yield from pool.map(run, work) if pool else map(run, work)
-    finally:
-        if pool:
-            pool.shutdown(wait=False, cancel_futures=True)
+    workers = min(cores or torch.get_num_threads(), len(work))
+    workers, how = (workers, how) if workers > 1 else (0, None)
+    return DataLoader(work, None, collate_fn=run, num_workers=workers, multiprocessing_context=how,
+                      worker_init_fn=end_with_first)
 
 
-def begin_worker():
-    """In a worker: Ctrl-C is for the first process, and a worker ends with it, however it ends."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def end_with_first(_):
+    """In a worker, which would hang for ever where the first process was killed."""
     first = multiprocessing.parent_process()
     threading.Thread(target=lambda: (first.join(), os._exit(1)), daemon=True).start()
 
@@ -971,28 +923,23 @@ def begin_worker():
 class Progress:
     """A loop of steps that may be killed at any moment; the same command continues it.
 
-    Batches and random numbers depend on the seed and the step alone, so the networks, their
-    optimisers and the step are the whole state, and a continued run ends bit for bit as an unbroken
-    one (on a CPU). Once in ten steps it looks at the numbers and, if it is time, tells and saves.
-    `log` holds a row of numbers a step, `kept` whatever else shall survive.
+    As batches and random numbers depend on the seed and the step alone, a continued run ends bit
+    for bit as an unbroken one (on a CPU). Once in ten steps it looks at the numbers and, if it is
+    time, tells and saves. `log`: a row of numbers a step, `kept`: whatever else shall survive.
     """
 
     def __init__(self, path=None, settings=None, columns=(), warn=lambda *means: ""):
         self.path, self.settings, self.columns, self.warn = path, settings, columns, warn
-        self.step, self.seconds, self.log, self.kept, self.weights = 0, 0.0, [], {}, {}
-        self.waiting, self.now = [], time.monotonic()
-        self.saved = self.told = self.now
+        self.step, self.log, self.kept, self.weights, self.waiting = 0, [], {}, {}, []
+        self.saved = self.told = time.monotonic()
         if path and path.exists():
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception:                              # of a damaged file, any
-                raise SystemExit(f"{path} cannot be read: delete it to begin anew")
+            state = torch.load(path, map_location="cpu", weights_only=True)
             other = [name for name in settings if state["settings"].get(name) != settings[name]]
             if other and other != ["out"]:
                 raise SystemExit(f"{path} was begun with other {', '.join(other)}: finish that run "
                                  "first, or delete the file to begin anew")
             vars(self).update(state)
-            print0(f"continuing from {path}" + f", step {self.step}" * (self.step > 0))
+            print0(f"continuing from {path}")
 
     def steps(self, goal, every=10, **parts):
         """The numbers of the steps that are left, from 0; `parts` are networks and optimisers."""
@@ -1004,10 +951,16 @@ class Progress:
             self.step += 1
             if self.step % every == 0 or self.step == goal:
                 self.look()
-                left = (self.now - began) / (self.step - first) * (goal - self.step)
-                if self.columns and (self.now - self.told > TELL_EVERY or not left):
-                    self.tell(goal, left)
-                if self.path and self.now - self.saved > SAVE_EVERY:
+                now = time.monotonic()
+                left = (now - began) / (self.step - first) * (goal - self.step)
+                if self.columns and (now - self.told > TELL_EVERY or not left):
+                    means, self.told = np.mean(self.log[-100:], 0) if self.log else (), now
+                    left = f"   {datetime.timedelta(seconds=round(left))} left" * bool(left)
+                    print0(f"step {self.step} of {goal}" + "".join(
+                        f"   {name} {mean:.4g}" for name, mean in zip(self.columns, means))
+                        + left + self.warn(*means))
+                if self.path and now - self.saved > SAVE_EVERY:
+                    self.saved = now
                     self.save(parts)
 
     def note(self, *numbers):
@@ -1022,21 +975,14 @@ class Progress:
                 raise SystemExit(f"step {len(self.log) + 1}: {row.tolist()} is not finite: lower "
                                  f"--lr; {self.path}, if there, holds an earlier step")
             self.log.append(row.tolist())
-        self.waiting, now = [], time.monotonic()
-        self.seconds, self.now = self.seconds + now - self.now, now
-
-    def tell(self, goal, left):
-        means, self.told = np.mean(self.log[-100:], 0) if self.log else (), self.now
-        print0(f"step {self.step} of {goal}" + "".join(
-            f"   {name} {mean:.4g}" for name, mean in zip(self.columns, means))
-            + f"   {datetime.timedelta(seconds=round(left))} left" * bool(left) + self.warn(*means))
+        self.waiting = []
 
     def save(self, parts):
-        self.saved, self.weights = self.now, {name: parts[name].state_dict() for name in parts}
+        self.weights = {name: parts[name].state_dict() for name in parts}
         if rank() == 0:
             with atomic_file(self.path, "wb") as file:
                 torch.save({name: getattr(self, name) for name in (
-                    "settings", "step", "seconds", "log", "kept", "weights")}, file)
+                    "settings", "step", "log", "kept", "weights")}, file)
 
     def finish(self):
         """The results are written: nothing is left to continue."""
@@ -1058,8 +1004,7 @@ def atomic_file(path, mode="w"):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:               # RuntimeError: torch on a full disk
         cause = str(error.__context__ or error).split("\n")[0]                 # torch hides it
-        raise SystemExit(f"{path} cannot be written ({cause}): mend that and run the same command "
-                         "again; earlier files are as they were")
+        raise OSError(f"{path} cannot be written ({cause})")
 
 
 def digest(path):
@@ -1105,15 +1050,9 @@ def save(path, written_by, grew_from, settings, weights):
 
 def load(path, written_by):
     """Options (those of stage 1 in load(OUT/proxy.pt)) and weights; no code in them is run."""
-    unfinished, path = Path(path).with_suffix(".progress"), Path(path)
-    if unfinished.exists():
-        raise SystemExit(f"{unfinished}: {written_by} was interrupted; run it again to finish it, "
-                         "or delete this file")
-    if not path.exists():
-        raise SystemExit(f"{path} is missing: run {written_by} with the same --out first")
-    known = check(path)
+    known = check(path) if path.exists() else {}
     if known.get("written_by") != written_by:
-        raise SystemExit(f"{path} and its .json are not as {written_by} wrote them: run it again")
+        raise SystemExit(f"{path} is missing or was changed: run {written_by} with the same --out")
     return (argparse.Namespace(**{**known["settings"], "out": str(path.parent)}),
             torch.load(path, map_location="cpu", weights_only=True))
 
@@ -1140,10 +1079,7 @@ def parse(argv, description, smoke=None, **defaults):
                             help=text + f" ({default})" * bool(default))
     if smoke and parser.parse_known_args(argv)[0].smoke:
         parser.set_defaults(**smoke)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"{' '.join(unknown)}: no such option" + " (quote a pattern with *)" * (
-            os.path.exists(unknown[0])))
+    args = parser.parse_args(argv)
     for name, value in vars(args).items():
         least = 1 if type(value) is int and parser.get_default(name) else 0
         if type(value) in (int, float) and not least <= value < 1e15:

@@ -57,7 +57,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.transforms import functional as image_ops
 
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 s1 = importlib.import_module("01_proxy")
@@ -249,10 +248,11 @@ class Contrast(nn.Module):
 
 def degrade(x, rng):
     """A third of the images as they are, a third noised, a third blurred: drawn ones may be so."""
+    from torchvision.transforms.functional import gaussian_blur               # slow to import
     kind = torch.randint(3, (len(x), 1, 1, 1), generator=rng, device=x.device)
     amount = 0.6 * torch.rand(kind.shape, generator=rng, device=x.device)
     noised = x + amount * torch.randn(x.shape, generator=rng, device=x.device)
-    blurred = image_ops.gaussian_blur(x, 5, 1.0)
+    blurred = gaussian_blur(x, 5, 1.0)
     return torch.where(kind == 0, x, torch.where(kind == 1, noised, blurred))
 
 
@@ -320,8 +320,8 @@ def main(args, device):
     s1.write_csv(out / f"{name}.csv", ["step", *COLUMNS],
                  [(k, *row) for k, row in enumerate(progress.log, 1)])
     progress.finish()
-    s1.print0(f"wrote {out}/{name}.pt, .json, .csv: {args.steps} meta steps in "
-              f"{progress.seconds:.0f} s; next {command.replace('02_meta_rater', '03_score')}")
+    command = command.replace("02_meta_rater", "03_score")
+    return f"wrote {out}/{name}.pt, .json, .csv; next {command}"
 
 
 if __name__ == "__main__":

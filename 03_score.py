@@ -285,8 +285,8 @@ def main(args, device):
     report(pairs.strata(), table, ["rating", "contrast", *BASELINES * args.baselines])
     draw_histogram(f"{stem}.png", table["rating"], pairs.strata())
     draw_bands(f"{stem}-bands.png", pairs, table["rating"], settings.seed)
-    print(f"wrote {stem}.npy, .csv, .json and two figures; look at {stem.name}-bands.png; next "
-          "04_select.py" + f" --ratings {stem}.npy" * (stem.name != "ratings"))
+    return (f"wrote {stem}.npy, .csv, .json and two figures; look at {stem}-bands.png; next "
+            "04_select.py" + f" --ratings {stem}.npy" * (stem.name != "ratings"))
 
 
 def show_pictures(axes, images, captions, letters=16):

@@ -67,14 +67,14 @@ def select(rating, method, keep, drop=0.25, mean=0.5, std=0.15, seed=0):
     """Row numbers, ascending, of the pairs to keep, and in the same order their w_i.
 
     rating (N,): high is rated high, and equal ones stand in an order drawn by seed. keep: a share
-    up to 1, or a count above it. Raises ValueError where fewer pairs are left than shall be kept.
+    up to 1, or a count above it. Ends the program where fewer pairs are left than shall be kept.
     """
     count, rng = round(keep * len(rating) if keep <= 1 else keep), np.random.default_rng(seed)
     start = drop if method in ("shift-gsample", "block") else 0.0
     w = np.arange(len(rating)) / max(len(rating), 1)       # of the ranking, best first
     first = np.searchsorted(w, start)
     if not 0 < count <= len(w) - first:
-        raise ValueError(f"keep {count} of {len(w)} pairs, but drop {start:g} leaves "
+        raise SystemExit(f"keep {count} of {len(w)} pairs, but drop {start:g} leaves "
                          f"{len(w) - first}: change --keep or --drop")
     order = rng.permutation(len(rating))
     order = order[np.argsort(-rating[order], kind="stable")]                  # (N,) rows by w
@@ -105,7 +105,8 @@ def read_columns(path, names):
     try:
         if path.suffix == ".npy":
             table = np.load(path, mmap_mode="r").reshape(-1)
-            head = ["row", *(table.dtype.names or ["rating"])]
+            table = table if table.dtype.names else table.view([("rating", table.dtype)])
+            head = ["row", *table.dtype.names]
         else:
             with open(path, encoding="utf-8-sig", newline="") as file:
                 head = [name.strip() for name in next(csv.reader(file), [])]
@@ -114,8 +115,7 @@ def read_columns(path, names):
             raise ValueError(f"no column {' or '.join(missing)} among {', '.join(head)}; rankings "
                              "without a rater come with 03_score.py --baselines")
         if path.suffix == ".npy":
-            columns = {name: table[name] if table.dtype.names else table for name in names}
-            columns["row"] = np.arange(len(table))
+            columns = {"row": np.arange(len(table)), **{name: table[name] for name in names}}
         else:
             columns = dict(zip(found, np.loadtxt(
                 path, delimiter=",", quotechar='"', comments=None, encoding="utf-8-sig", skiprows=1,
@@ -183,11 +183,11 @@ def write_shards(folder, pairs, rows, made, per_shard=10000):
 
 def find_files(made, keys):
     """(key, {suffix: function that reads it}) of these keys, which stand in the files' order."""
-    tasks, stamp = s1.list_tasks(argparse.Namespace(**made), [])
+    tasks, stamp = s1.list_tasks(argparse.Namespace(**made))
     key = next(keys, None)
     for label, _, (source, _) in tasks if stamp == made["files"] else ():
-        for name, files in s1.list_pairs(source, []) if label == "data" else ():
-            if name == key and not isinstance(s1.decode_pair(files, 8), str):
+        for name, files, _ in s1.list_pairs(source) if label == "data" else ():
+            if name == key and files and not isinstance(s1.decode_pair(files, 8), str):
                 yield name, files
                 key = next(keys, None)
     if key is not None:
@@ -251,18 +251,14 @@ def main(args, device=None):
     if args.write_shards and made["data"] in ("own", "toy", *s1.DATASETS):
         raise SystemExit(f"--write-shards copies pairs out of files, not those of {made['data']}")
     suited, why = advise(known.get("written_by", ""), args.rank_by)
-    args.method, asked = args.method or suited, args.method
-    print(f"--method {args.method}, " + ("as asked" if asked else "the default here")
-          + (f": {why}" if args.method == suited else f"; {suited} would suit: {why}"))
+    args.method = args.method or suited
+    print(f"--method {args.method}; {suited} suits, as {why}")
     rating, planted = read_ratings(args.ratings, args.rank_by, pairs), find_planted(pairs)
     if args.ratings.suffix == ".csv":
         compare_keys(args.ratings, pairs)
     real = np.flatnonzero(~planted)
-    try:
-        chosen, _ = select(rating[real], args.method, args.keep, args.drop, args.mean, args.std,
-                           args.seed)
-    except ValueError as error:
-        raise SystemExit(f"{args.ratings}: {error}")
+    chosen, _ = select(rating[real], args.method, args.keep, args.drop, args.mean, args.std,
+                       args.seed)
     rows, stem = real[chosen], name_selection(args)
     s1.write_csv(Path(f"{stem}.csv"), ["row", "key"], zip(rows.tolist(), pairs.read("key", rows)))
     s1.record(Path(f"{stem}.csv"), "04_select.py", [args.ratings, folder / "made.json"],
@@ -280,7 +276,7 @@ def main(args, device=None):
         print(f"{planted.sum()} pairs with planted dirt are left out of the ranking")
     if args.write_shards:
         write_shards(args.write_shards, pairs, rows, made)
-    print(f"look at {stem.name}.png; next 05_train_eval.py, or --selected {stem}.csv")
+    return f"look at {stem}.png; next 05_train_eval.py, or --selected {stem}.csv"
 
 
 if __name__ == "__main__":

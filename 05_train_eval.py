@@ -14,8 +14,7 @@ random selections. Measured on the test pairs, which neither a proxy nor an arm 
 Features and cosines come from a small contrastive network like stage 2's, trained here on the test
 pairs, which no rating has seen: its distance is not FID and its score not OpenAI's CLIP score.
 With --weights the public networks of both are used instead: their code comes after `main` and can
-be skipped. Full data and a random selection are always among the arms; tests/evidence.py has the
-paper's tables. On a CPU as many arms are trained at a time as there are cores, a thread each.
+be skipped. On a CPU as many arms are trained at a time as there are cores, a thread each.
 
 Reads    out/pairs/, out/proxy.pt, out/ratings.npy, out/ratings-loss.npy, or --selected files of
          stage 4
@@ -30,7 +29,6 @@ import gzip
 import hashlib
 import html
 import importlib
-import os
 import re
 import sys
 import time
@@ -44,8 +42,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.models import inception_v3
-from torchvision.transforms import InterpolationMode, functional as image_ops
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leaves it out
 s1 = importlib.import_module("01_proxy")
@@ -71,12 +68,10 @@ class Arm(NamedTuple):
     file: str = ""
 
 
-# By eq. 6 the informative pairs come first, by eq. 9 they stand in the middle, behind plain ones.
+# Each signal with the rule that suits it; tests/evidence.py has the others.
 EQ6, EQ9 = "ratings", "ratings-loss"
 ARMS = [Arm("full"), Arm("random 50%", keep=0.5),
         Arm("eq. 6, Top-K 50%", EQ6, "topk", 0.5),
-        Arm("eq. 6, Shift-Gsample 50%", EQ6, "shift-gsample", 0.5),
-        Arm("eq. 9, Top-K 50%", EQ9, "topk", 0.5),
         Arm("eq. 9, Shift-Gsample 50%", EQ9, "shift-gsample", 0.5),
         Arm("contrast, Top-K 50%", EQ6, "topk", 0.5, rank_by="contrast")]
 
@@ -96,8 +91,6 @@ def choose_rows(arm, pool, pairs, out, seed):
 def list_arms(args, pairs, pool, arms):
     """Those of `arms` whose ratings exist; or full, random and one per --selected file."""
     for file in map(Path, args.selected):
-        if not file.exists():
-            raise SystemExit(f"{file} is missing: 04_select.py writes selections and names them")
         known = s1.check(file).get("pairs", "pairs")
         if known != "pairs":
             raise SystemExit(f"{file} chooses among {known}, and stage 5 compares selections of "
@@ -113,28 +106,12 @@ def list_arms(args, pairs, pool, arms):
         if len({*names, "real", *(arm.name for arm in rivals)}) < len(names) + len(rivals) + 1:
             raise SystemExit(f"--selected {' '.join(names)}: names are not distinct, or taken")
         return rivals + [Arm(name, file=file) for name, file in zip(names, args.selected)]
-    found = []
-    for arm in arms:
-        file = Path(args.out) / f"{arm.ratings}.npy"
-        columns = {*(np.load(file, mmap_mode="r").dtype.names or ())} if file.exists() else set()
-        if not arm.ratings or {*arm.rank_by.split(",")} <= columns:
-            found.append(arm)
-        else:
-            s1.print0(f"{arm.name} is left out: {file} with {arm.rank_by} is missing (03_score.py"
-                      + " --signal loss" * (arm.ratings == EQ9) + " writes it)")
-    return found
-
-
-def foretell(arms, args, lab):
-    """All that the arms read is read and checked here, before any training."""
-    sizes = [len(choose_rows(arm, lab.pool, lab.pairs, args.out, lab.settings.seed))
-             for arm in arms]
-    if min(sizes) < args.batch_size:
-        raise SystemExit(f"{arms[np.argmin(sizes)].name}: {min(sizes)} pairs are fewer than "
-                         "--batch-size")
-    steps = args.seeds * args.epochs * sum(size // args.batch_size for size in sizes)
-    s1.print0(f"{args.seeds * len(arms)} models, {steps:,} steps; fewer --seeds or --epochs, or "
-              "some files with --selected, make it less")
+    missing = {arm.ratings for arm in arms
+               if arm.ratings and not (Path(args.out) / f"{arm.ratings}.npy").exists()}
+    for name in missing:
+        s1.print0(f"arms of {args.out}/{name}.npy are left out: 03_score.py"
+                  + " --signal loss" * (name == EQ9) + " writes it")
+    return [arm for arm in arms if arm.ratings not in missing]
 
 
 # ---- metrics ---------------------------------------------------------------------------------
@@ -169,8 +146,8 @@ def judge_images(judge, images, captions, reference):
 
 
 @torch.no_grad()
-def evaluate(net, test, judge, reference, seed):
-    """The four numbers of one trained model, and the n images it drew (n, 3, H, W)."""
+def evaluate(net, test, seed):
+    """The held-out loss of one trained model, and the n images it drew (n, 3, H, W)."""
     n = min(DRAWN, len(test)) // s1.world() * s1.world()
     x, c = test.batch(np.arange(n))
     rng = s1.seeded(x.device, seed, "evaluate")
@@ -178,9 +155,7 @@ def evaluate(net, test, judge, reference, seed):
     t = (torch.arange(n, device=x.device) + 0.5) / n                          # every level once
     losses = [s1.flow_loss(net, *part) for part in zip(*(v.split(PART) for v in (x, c, t, eps)))]
     images = [s1.sample(net, *part) for part in zip(*(s1.mine(v).split(PART) for v in (c, eps)))]
-    images = s1.gather(torch.cat(images))
-    numbers = judge_images(judge, images, test.read("caption", np.arange(n)), reference)
-    return {"held-out": torch.cat(losses).mean().item(), **numbers}, images
+    return torch.cat(losses).mean().item(), s1.gather(torch.cat(images))
 
 
 # ---- one arm, all arms -----------------------------------------------------------------------
@@ -195,35 +170,32 @@ def open_lab(out, real, device):
     return SimpleNamespace(settings=settings, pairs=pairs, pool=pool, val=val, test=test)
 
 
-@functools.cache
-def open_judge(out, weights, smoke, device):
+def open_judge(args, lab, device):
     """The judge, and mean and covariance of the features that it sees in the test images."""
-    lab = open_lab(out, False, device)
-    judge = StandardJudge(weights, device) if weights else s2.train_contrast(
-        lab.test, 20 if smoke else s2.CONTRAST_STEPS, lab.settings.seed)
+    judge = StandardJudge(args.weights, device) if args.weights else s2.train_contrast(
+        lab.test, 20 if args.smoke else s2.CONTRAST_STEPS, lab.settings.seed)
     x, _ = lab.test.batch(np.arange(min(DRAWN, len(lab.test))))
     return judge, moments(torch.cat([judge.embed_images(part)[0] for part in x.split(PART)]))
 
 
 def run_arm(work, args, device):
-    """Train on an arm's pairs from scratch and evaluate: the result row, and images (n, 3, H, W)
-    uint8. work: (seed, arm)."""
+    """Train on an arm's pairs from scratch and draw: the result row, but for the judge's numbers,
+    and images (n, 3, H, W). work: (seed, arm)."""
     (seed, arm), lab = work, open_lab(args.out, bool(args.selected), device)
-    judge, reference = open_judge(args.out, args.weights, args.smoke, device)
     rows, began = choose_rows(arm, lab.pool, lab.pairs, args.out, seed), time.monotonic()
     torch.manual_seed(seed)                                # all arms start from the same weights
     net = s1.build_proxy(lab.settings, device)
     steps = args.epochs * (len(rows) // args.batch_size)   # eq. 1: half the pairs, half the steps
     s1.train(net, lab.pairs.take(rows), steps, args.batch_size, args.lr, seed, DECAY)
     seconds = time.monotonic() - began
-    numbers, images = evaluate(net, lab.test, judge, reference, lab.settings.seed)
+    held_out, images = evaluate(net, lab.test, lab.settings.seed)
     strata, known = lab.pairs.strata(rows), set(lab.pairs.strata(lab.pool))
     shares = {name: float(np.mean(strata == name)) for name in s3.STRATUM_COLOURS if name in known}
     return {"arm": arm.name, "seed": seed, "pairs": len(rows), "steps": steps, "seconds": seconds,
-            **numbers, **shares}, s1.to_pixels(images.cpu().numpy())
+            **shares, "held-out": held_out}, images.cpu().numpy()
 
 
-def run_all(stem, arms, args, lab, device, cores):
+def run_all(stem, arms, args, lab, judge, reference, device, cores):
     """Every arm under every seed; STEM.csv grows with each. Returns rows, samples and progress."""
     files = [Path(arm.file or Path(args.out) / f"{arm.ratings}.npy") for arm in arms
              if arm.file or arm.ratings]
@@ -237,14 +209,16 @@ def run_all(stem, arms, args, lab, device, cores):
     run, began = functools.partial(run_arm, args=args, device=device), time.monotonic()
     found = zip(work, s1.side_by_side(run, work, "spawn", cores))
     for done, ((seed, arm), (result, images)) in enumerate(found, 1):
-        results.append(result)
-        samples.setdefault(arm.name, torch.from_numpy(images[:8]))
+        captions, pixels = lab.test.read("caption", np.arange(len(images))), s1.to_pixels(images)
+        images = torch.from_numpy(images).to(device)
+        results.append(result | judge_images(judge, images, captions, reference))
+        samples.setdefault(arm.name, torch.from_numpy(pixels[:8]))
         if args.save_images:
-            save_images(args, f"{arm.name} seed {seed}", images, lab.test)
+            save_images(args, f"{arm.name} seed {seed}", pixels, lab.test)
         minutes = (time.monotonic() - began) / 60 * (len(work) / done - 1)
         s1.print0(f"seed {seed}  {arm.name:30} " + "  ".join(
-            f"{name} {result[name]:.3f}" for name in METRICS) + f"  {minutes:.1f} minutes left")
-        s1.write_csv(f"{stem}.csv", list(result), [
+            f"{name} {results[-1][name]:.3f}" for name in METRICS) + f"  {minutes:.1f} min left")
+        s1.write_csv(f"{stem}.csv", list(results[-1]), [
             [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in results])
         progress.save({})
     return results, samples, progress
@@ -258,7 +232,7 @@ def save_images(args, name, images, test):
         pictures.mkdir(parents=True, exist_ok=True)
         captions.mkdir(exist_ok=True)
         for k, (image, caption) in enumerate(zip(images, test.read("caption"))):
-            image_ops.to_pil_image(image.transpose(1, 2, 0)).save(pictures / f"{k:06d}.png")
+            Image.fromarray(image.transpose(1, 2, 0)).save(pictures / f"{k:06d}.png")
             (captions / f"{k:06d}.txt").write_text(caption, encoding="utf-8")
 
 
@@ -363,8 +337,15 @@ def main(args, device, arms=ARMS, name="results"):
     if len(lab.pool) < len(lab.pairs):                     # as in the selections of stage 4
         s1.print0(f"{len(lab.pairs) - len(lab.pool)} pairs with planted dirt are in no arm")
     arms = list_arms(args, lab.pairs, lab.pool, arms)
-    foretell(arms, args, lab)
-    judge, reference = open_judge(args.out, args.weights, args.smoke, device)
+    sizes = [len(choose_rows(arm, lab.pool, lab.pairs, args.out, lab.settings.seed))
+             for arm in arms]                              # all that arms read is checked here
+    if min(sizes) < args.batch_size:
+        raise SystemExit(f"{arms[np.argmin(sizes)].name}: {min(sizes)} pairs are fewer than "
+                         "--batch-size")
+    steps = args.seeds * args.epochs * sum(size // args.batch_size for size in sizes)
+    s1.print0(f"{args.seeds * len(arms)} models, {steps:,} steps; fewer --seeds or --epochs, or "
+              "some files with --selected, make it less")
+    judge, reference = open_judge(args, lab, device)
     rows = np.arange(min(DRAWN, len(lab.val)))
     real = judge_images(judge, lab.val.batch(rows)[0], lab.val.read("caption", rows), reference)
     floor = (f"{len(rows)} real images that the judge has not seen: score {real['score']:.1f}, "
@@ -372,15 +353,15 @@ def main(args, device, arms=ARMS, name="results"):
     s1.print0(floor)
     if args.save_images:
         save_images(args, "real", lab.test.images[lab.test.rows], lab.test)
-    results, samples, progress = run_all(stem, arms, args, lab, device, cores)
+    results, samples, progress = run_all(stem, arms, args, lab, judge, reference, device, cores)
     table = tabulate(results, arms, floor)
     if s1.rank() == 0:
         with s1.atomic_file(f"{stem}.md") as file:
             file.write(table)
         draw_samples(f"{stem}-samples.png", samples, lab.test)
     progress.finish()
-    s1.print0(f"\n{table}\n{sum_up(results, arms, real)}\nwrote {stem}.csv, .md; look at "
-              f"{stem}-samples.png")
+    return (f"\n{table}\n{sum_up(results, arms, real)}\nwrote {stem}.csv, .md; look at "
+            f"{stem}-samples.png")
 
 
 # ---- standard metrics: FID's Inception-v3, OpenAI's CLIP -------------------------------------
@@ -419,6 +400,7 @@ def build_inception():
 
     Eight average pools do not count padding, and the last block has a max pool (pytorch-fid).
     """
+    from torchvision.models import inception_v3            # slow to import
     net = inception_v3(weights=None, num_classes=1008, aux_logits=False, transform_input=False,
                        init_weights=False)
     for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
@@ -442,11 +424,10 @@ CLIP_NAMES = {             # of the parts of a block: OpenAI's, torch's
     "mlp.c_fc": "linear1", "mlp.c_proj": "linear2"}
 
 
-def rename_parts(_, state, *__):
-    """Before a state dict of OpenAI's is loaded: the names that torch gives to the same parts."""
-    for name in list(state):
-        named = re.sub("|".join(CLIP_NAMES), lambda part: CLIP_NAMES[part[0]], name)
-        state[named] = state.pop(name)
+def rename_parts(state):
+    """A state dict of OpenAI's as floats, under the names that torch gives to the same parts."""
+    return {re.sub("|".join(CLIP_NAMES), lambda part: CLIP_NAMES[part[0]], name): value.float()
+            for name, value in state.items() if value.is_floating_point()}    # not its three sizes
 
 
 class ClipImages(nn.Module):
@@ -481,7 +462,6 @@ class Clip(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.zeros(width, images[-1]))
         self.logit_scale = nn.Parameter(torch.zeros(()))
-        self.register_load_state_dict_pre_hook(rename_parts)
 
     def encode_text(self, ids):
         """Token ids (B, 77) -> (B, embedding), read at the end-of-text token, the largest id."""
@@ -538,44 +518,37 @@ class ClipTokenizer:
 
 
 class StandardJudge:
-    """The interface of stage 2's `Contrast`, with the networks of FID and of the CLIP score."""
+    """The interface of stage 2's `Contrast`, with the networks of FID (Inception-v3 of 2015) and of
+    the CLIP score (100 cos of ViT-B/32; others print 2.5 max(cos, 0))."""
 
     def __init__(self, folder, device):
         torch.backends.cudnn.allow_tf32 = False            # else features differ between GPUs
         paths = {what: find_weights(what, folder) for what in WEIGHTS}
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             state = torch.jit.load(paths["clip"], map_location="cpu").state_dict()     # deprecated
-        state = {name: value.float() for name, value in state.items()
-                 if value.is_floating_point()}             # not its three sizes
         self.inception = build_inception()
         self.inception.load_state_dict(torch.load(paths["inception"], weights_only=True))
         self.inception.fc = nn.Identity()                  # the 2048 features before the classes
         self.clip, self.device = Clip(), device
-        self.clip.load_state_dict(state)
+        self.clip.load_state_dict(rename_parts(state))
         self.inception, self.clip = self.inception.to(device), self.clip.to(device).eval()
         self.tokenize = ClipTokenizer(paths["clip_vocab"])
-        s1.print0("score = 100 cos of CLIP ViT-B/32 (others print 2.5 max(cos, 0)); distance is "
-                  "FID, with the Inception-v3 of 2015")
 
     @torch.no_grad()
-    def embed_pixels(self, images):
-        """Features (B, 2048) and unit vectors (B, E) of images, a list of (3, H, W) uint8."""
+    def embed_images(self, x):
+        """Features (B, 2048) and unit vectors (B, E) of images (B, 3, H, W) in [-1, 1], which are
+        rounded as a saved file would be."""
+        from torchvision.transforms import InterpolationMode, functional as image_ops
         torch.set_float32_matmul_precision("highest")      # without TF32, whatever an arm has set
-        large = [F.interpolate(image[None].to(self.device) / 255, (299, 299), mode="bilinear",
-                               align_corners=False) for image in images]
+        pixels = torch.from_numpy(s1.to_pixels(x.cpu().numpy()))
+        large = F.interpolate(pixels.to(self.device) / 255, (299, 299), mode="bilinear",
+                              align_corners=False)
         crops = [image_ops.center_crop(image_ops.resize(
             image_ops.to_pil_image(image), SIDE, InterpolationMode.BICUBIC), SIDE)
-            for image in images]
+            for image in pixels]
         crops = torch.stack([image_ops.normalize(image_ops.to_tensor(crop), CLIP_MEAN, CLIP_STD)
                              for crop in crops]).to(self.device)
-        f = self.inception(2 * torch.cat(large) - 1)
-        return f, F.normalize(self.clip.visual(crops), dim=1)
-
-    def embed_images(self, x):
-        """The same for images (B, 3, H, W) in [-1, 1], rounded as a saved file would be."""
-        pixels = torch.from_numpy(s1.to_pixels(x.cpu().numpy()))
-        parts = [self.embed_pixels(list(part)) for part in pixels.split(50)]
-        return torch.cat([f for f, _ in parts]), torch.cat([unit for _, unit in parts])
+        return self.inception(2 * large - 1), F.normalize(self.clip.visual(crops), dim=1)
 
     @torch.no_grad()
     def embed_captions(self, captions):

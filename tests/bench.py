@@ -195,8 +195,8 @@ def gpu_stages(device, width, batch, bf16, size=64, depth=12):
     """{stage: (what it does once, its floating-point operations)} at these sizes."""
     pairs, val = (draw_pairs(2 * batch, device, size, split) for split in ("train", "val"))
     nets, opts = make_nets(device, size=size, width=width, depth=depth)
-    for name in ("proxy", "ref"):
-        nets[name].bf16 = bf16
+    for name in ("proxy", "ref") if bf16 else ():
+        nets[name].forward = torch.autocast("cuda", torch.bfloat16)(nets[name].forward)
     args, rng, rows = s2.parse_args([]), s1.seeded(device, 0, "bench"), np.arange(batch)
     x, c = pairs.batch(np.arange(8))
     operations = own_products(nets["proxy"], (x, x[:, 0, 0, 0], c))[1] * batch / 8   # of training

@@ -99,10 +99,12 @@ def open_judge(settings, test):
 
 def train_arm(settings, pairs, test, judged, name, rows, seed, args):
     """Stage 5's result row of a selection, evaluated on `test` as `judged` by `open_judge`."""
+    (judge, reference), n = judged, min(s5.DRAWN, len(test))
     lab = s5.SimpleNamespace(settings=settings, pairs=pairs, pool=np.arange(len(pairs)), test=test)
-    with mock.patch.multiple(s5, open_lab=lambda *_: lab, open_judge=lambda *_: judged,
-                             choose_rows=lambda *_: rows):
-        return s5.run_arm((seed, s5.Arm(name)), args, CPU)[0]
+    with mock.patch.multiple(s5, open_lab=lambda *_: lab, choose_rows=lambda *_: rows):
+        row, images = s5.run_arm((seed, s5.Arm(name)), args, CPU)
+    return row | s5.judge_images(judge, torch.from_numpy(images),
+                                 test.read("caption", np.arange(n)), reference)
 
 
 def areas(rating, strata, others=OTHERS):

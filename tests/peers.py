@@ -33,8 +33,8 @@ def look_at(judge, folder):
     """Mean and covariance of the features of the pictures in a folder."""
     images = [torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
               for file in sorted(folder.iterdir())]
-    return s5.moments(torch.cat([judge.embed_pixels(images[k:k + 50])[0]
-                                 for k in range(0, len(images), 50)]))
+    x = torch.stack(images) / 127.5 - 1
+    return s5.moments(torch.cat([judge.embed_images(part)[0] for part in x.split(50)]))
 
 
 def compare_fid(folder, count=100):
@@ -66,14 +66,15 @@ def compare_clip():
              if name != "attn_mask"}
     judge = Judge(lambda x: torch.zeros(len(x), 1), None)
     judge.clip = s5.Clip().eval()
-    judge.clip.load_state_dict(dict(state))
+    judge.clip.load_state_dict(s5.rename_parts(state))
     judge.tokenize = s5.ClipTokenizer(next(Path(open_clip.__file__).parent.glob("bpe*")))
     ids = open_clip.get_tokenizer("ViT-B-32-quickgelu")(CAPTIONS)
     images = [drawn.make_images(1, size, torch.Generator().manual_seed(size))[0]
               for size in (96, 224, 300, 512)]
     files = torch.stack([prepare(Image.fromarray(image.permute(1, 2, 0).numpy()))
                          for image in images])
-    cosines = judge.embed_pixels(images)[1] @ judge.embed_captions(CAPTIONS).T
+    seen = torch.cat([judge.embed_images(image[None] / 127.5 - 1)[1] for image in images])
+    cosines = seen @ judge.embed_captions(CAPTIONS).T
     theirs = model.encode_image(files, normalize=True) @ model.encode_text(ids, normalize=True).T
     equal = (judge.tokenize(CAPTIONS) == ids).all(1).sum()
     print(f"captions with equal token ids: {equal} of {len(CAPTIONS)}; cosines differ by at most "

@@ -69,18 +69,18 @@ def swap_similar(folder, share, seed):
     for row, caption in zip(pairs.rows, captions):
         group = next((group for group in SIMILAR if caption.split(" ", 4)[-1] in group), ())
         if group and rng.random() < share:
-            others = [s1.name_class(name) for name in group]
-            other = rng.choice([other for other in others if other != caption])
+            other = rng.choice([other for other in known
+                                if other != caption and other.split(" ", 4)[-1] in group])
             tokens[row], entries["caption"][row] = known[other]
             entries["stratum"][row] = b"similar-caption"
 
 
 def keep_clothes(folder):
     """Trusted pairs show clothes only; all else in the corpus is off topic, rightly captioned."""
-    wanted = {s1.name_class(name) for name in SIMILAR[0]}
     for split in ("train", "val", "test"):
         pairs = s1.open_pairs(folder, split)
-        clothes = np.array([caption in wanted for caption in pairs.read("caption")])
+        clothes = np.array([caption.split(" ", 4)[-1] in SIMILAR[0]
+                            for caption in pairs.read("caption")])
         if split == "train":
             entries = np.load(folder / "entries.npy", mmap_mode="r+")
             entries["stratum"][pairs.rows[~clothes]] = b"off-topic"
@@ -168,13 +168,16 @@ def ask_arms(args):
         flags = s5.parse_args(["--out", settings.out, "--lr", str(args.lr)]
                               + ["--smoke"] * args.smoke)
         arms[:] = list_arms(pairs, settings.out)
-        val = s1.open_pairs(Path(settings.out) / "pairs", "val")
-        sees, reference = s5.open_judge(flags.out, flags.weights, flags.smoke, CPU)
-        rows = np.arange(min(s5.DRAWN, len(val)))
-        floors.append(s5.judge_images(sees, val.batch(rows)[0], val.read("caption", rows),
+        lab = s5.open_lab(flags.out, False, CPU)
+        sees, reference = s5.open_judge(flags, lab, CPU)
+        rows = np.arange(min(s5.DRAWN, len(lab.val), len(lab.test)))
+        floors.append(s5.judge_images(sees, lab.val.batch(rows)[0], lab.val.read("caption", rows),
                                       reference))
         run = functools.partial(s5.run_arm, args=flags, device=CPU)
-        for row, _ in s1.side_by_side(run, [(settings.seed, arm) for arm in arms], "spawn", cores):
+        work = [(settings.seed, arm) for arm in arms]
+        for row, images in s1.side_by_side(run, work, "spawn", cores):
+            row |= s5.judge_images(sees, torch.from_numpy(images), lab.test.read("caption", rows),
+                                   reference)
             results.append(row)
             print(f"{name} seed {settings.seed} {row['arm']:32} " + "  ".join(
                 f"{key} {row[key]:.3f}" for key in s5.METRICS), file=sys.stderr, flush=True)

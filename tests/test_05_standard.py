@@ -114,7 +114,7 @@ def clip_block(state, prefix, h, mask):
 def test_clip_towers(stage):
     state = {name: value.double() for name, value in make_clip_state(128, 64).items()}
     net = stage(5).Clip((128, 2, 8, 32, 16), (64, 2), (600, 77)).double().eval()
-    net.load_state_dict(state)
+    net.load_state_dict(stage(5).rename_parts(state))
     ids = torch.randint(1, 500, (3, 77), generator=torch.Generator().manual_seed(1))
     ids[:, 20] = 599                                             # end of text
     h = state["token_embedding.weight"][ids] + state["positional_embedding"]
@@ -218,7 +218,7 @@ def test_standard_judge_has_the_interface_of_the_mini_one(stage, weights):
     judge = stage(5).StandardJudge(str(weights), torch.device("cpu"))
     pixels = make_images(4, 24, torch.Generator().manual_seed(2))
     f, unit = judge.embed_images(pixels / 127.5 - 1)
-    again, same = judge.embed_pixels(list(pixels[2:]))
+    again, same = judge.embed_images(pixels[2:] / 127.5 - 1)
     assert torch.allclose(f[2:], again, atol=1e-4) and torch.allclose(unit[2:], same, atol=1e-5)
     assert f.shape == (4, 2048) and torch.allclose(unit.norm(dim=1), torch.ones(4))
     assert f.std(0).mean() > 0.01 and (unit @ unit.T)[0, 1] < 0.9999

@@ -83,19 +83,20 @@ def write_rows(file, rows, pairs=None):
 
 def test_arms_choose_as_stage_4_does_and_draw_anew_for_each_seed(stage, chain):
     pairs, arms = stage(1).open_pairs(chain / "pairs"), {arm.name: arm for arm in stage(5).ARMS}
-    assert len(arms) == len(stage(5).ARMS) == 7
+    assert len(arms) == len(stage(5).ARMS) == 5
 
     def choose(name, seed, pool=np.arange(256)):
         return stage(5).choose_rows(arms[name], pool, pairs, chain, seed).tolist()
-    for rule in ("Top-K", "Shift-Gsample"):
-        file = chain / f"selected-{rule.lower().replace('-k', 'k')}-0.5.csv"
-        assert choose(f"eq. 6, {rule} 50%", 0) == stage(4).read_rows(file, pairs).tolist()
-    for name, n in (("eq. 6, Shift-Gsample 50%", 128), ("random 50%", 128)):
+    arms["eq. 6, drawn"] = stage(5).Arm("", stage(5).EQ6, "shift-gsample", 0.5)
+    for name, file in (("eq. 6, Top-K 50%", "topk"), ("eq. 6, drawn", "shift-gsample")):
+        file = chain / f"selected-{file}-0.5.csv"
+        assert choose(name, 0) == stage(4).read_rows(file, pairs).tolist()
+    for name, n in (("eq. 9, Shift-Gsample 50%", 128), ("random 50%", 128)):
         first, second, again = (choose(name, seed) for seed in (0, 1, 0))
         assert len(first) == len(second) == n and first == again and set(first) != set(second)
     pool = np.arange(0, 256, 3)                            # none is chosen outside
     assert choose("full", 0, pool) == pool.tolist()
-    assert set(choose("eq. 9, Top-K 50%", 0, pool)) < set(pool.tolist())
+    assert set(choose("contrast, Top-K 50%", 0, pool)) < set(pool.tolist())
 
 
 def test_selections_of_one_name_are_refused(stage, tmp_path):

@@ -39,8 +39,8 @@ REDS, GREENS, BLACK, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 0), (255, 255, 255
 PICTURES = {               # file: (its bytes, the colour as read or the reason why it is not)
     "good.jpg": (JPEG, GREENS), "capitals.JPG": (JPEG, GREENS), "png as.jpg": (RED, REDS),
     "broken EXIF.png": (RED[:33] + chunk(b"eXIf", b"broken") + RED[33:], REDS),
-    "text of 3 MB.png": (RED[:33] + chunk(b"zTXt", b"Comment\0\0" + MUCH) + RED[33:], REDS),
-    "profile of 3 MB.png": (RED[:33] + chunk(b"iCCP", b"icc\0\0" + MUCH) + RED[33:], REDS),
+    "text of 3 MB.png": (RED[:33] + chunk(b"zTXt", b"Comment\0\0" + MUCH) + RED[33:], UNREADABLE),
+    "profile of 3 MB.png": (RED[:33] + chunk(b"iCCP", b"icc\0\0" + MUCH) + RED[33:], UNREADABLE),
     "truncated.jpg": (JPEG[:200], UNREADABLE), "nothing.jpg": (b"", UNREADABLE),
     "html.jpg": (b"<html>404</html>", UNREADABLE), "bomb.png": (BOMB, LARGE),
     "cmyk.jpg": (encode("CMYK", "JPEG"), WHITE), "grey.png": (encode("L", colour=255), WHITE),
@@ -60,7 +60,7 @@ TEXTS = {                  # file: (its bytes, the caption as read or the reason
     "controls.txt": (b"a\x07b\x1b[31m \x00 red", "a b [31m   red"),
     "right to left.txt": ("قطة على".encode(), "قطة على"), "emoji.caption": ("😀🐈".encode(), "😀🐈"),
     "cp1252.txt": (b"caf\xe9", LOSSY), "utf-16.txt": ("café".encode("utf-16"), LOSSY),
-    "a.json": (b'{"caption": "x"}', "x"), "other.json": (b'{"title": "x"}', f"{SILENT}, but title"),
+    "a.json": (b'{"caption": "x"}', "x"), "other.json": (b'{"title": "x"}', SILENT),
     "list.json": (b'{"caption": ["x", "y"], "text": "z"}', "x"), "b.json": (b'["caption"]', SILENT),
     "half a letter.json": (b'{"caption": "a \\ud800 x"}', "a \\ud800 x"),
     "broken.json": (b'{"caption": ', SILENT), "deep.json": (b"[" * 100000, SILENT),
@@ -82,7 +82,7 @@ def files_of_kinds():
 def read(stage, place, size=16):
     """{key: (colour, caption)} of the pairs in a place, and [(reason, name)] of what is skipped."""
     s1, skipped, found = stage(1), [], {}
-    for source in s1.list_sources(str(place), skipped)[0]:
+    for source in s1.list_sources(str(place))[0]:
         for key, image, caption, _ in s1.read_pairs(source, size):
             if image is None:
                 skipped.append((caption, key))
@@ -143,7 +143,7 @@ def test_what_only_a_tar_can_do_wrong(stage, tmp_path, capsys, monkeypatch):
 
 
 UNSAFE, FURTHER, HALF = "hidden file or unsafe name", "further picture", "no picture beside it"
-NEITHER, SIGNS = "neither picture nor text", "\n\r\x0b\x85\u2028\u2029\x1b\x7f"
+SIGNS = "\n\r\x0b\x85\u2028\u2029\x1b\x7f"
 FORMATS = {"avif": "AVIF", "bmp": "BMP", "gif": "GIF", "tif": "TIFF", "tiff": "TIFF",
            "jfif": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "png": "PNG"}
 NAMES = "Shot 3\u202fPM", "\u0645\u06cc\u200c\u062e", "a\u200db", "\u3000", "d.e/c  d", "50%"
@@ -170,9 +170,9 @@ LAYOUTS = {                # names in a tar's order, keys as read, {beginning of
                            "I.TXT"], ["a", "B", "I"], {FURTHER: 1}),
     "companions": (["._0.jpg!", "0.jpg", "._0.txt", ".DS_Store", "0.txt", "__MACOSX/._0.jpg!",
                     ".thumbs/0.jpg!", "a/.cache/0.jpg!", "Thumbs.db"], ["0"],
-                   {UNSAFE: 6, NEITHER: 1}),
+                   {UNSAFE: 6, HALF: 1}),
     "kinds of pictures": ([f"{k}.{kind}" for k in FORMATS for kind in (k, "txt")], [*FORMATS], {}),
-    "not opened": (["0.heic", "1.svg", "2", "3.jpg", "3.caption"], ["3"], {NEITHER: 3}),
+    "not opened": (["0.heic", "1.svg", "2", "3.jpg", "3.caption"], ["3"], {HALF: 3}),
     "spaces and joiners": ([*pairs_of(*NAMES)], [*NAMES], {}),
     "names that break a line": ([*pairs_of("0", *(f"a{sign}b" for sign in SIGNS))], ["0"],
                                 {UNSAFE: 16}),
@@ -214,23 +214,21 @@ def test_places(stage, tmp_path, monkeypatch):
 def test_a_tar_is_read_to_its_end_or_the_rest_is_said(stage, tmp_path):
     """A header damaged at any place, zeros, a missing end, a second tar behind the first."""
     whole = write_tar(tmp_path / "0.tar", pairs_of(*range(20))).read_bytes()
-    back = tarfile.TarInfo("20.jpg")
-    back.size = -1536                                      # leads backwards, for ever
 
     def after(data):
         found, skipped = read(stage, write(tmp_path, {"0.tar": data}) / "0.tar")
         return len(found), [reason.partition("tar: ")[2] for reason, _ in skipped
                             if reason.startswith("damaged, cut or compressed tar: ")]
-    for at in (0, 1024, 9216, 39936):
+    for at in (1024, 9216, 39936):
         assert after(whole[:at] + b"?" + whole[at + 1:]) == (
-            at // 2048, [f"{51200 - at} of 51200 bytes not read"])
-    assert after(whole[:10240] + bytes(40960)) == (5, ["40960 of 51200 bytes not read"])
-    for rest in (b"", b"x" * 1024, back.tobuf(tarfile.GNU_FORMAT), whole[40960:] + whole):
+            at // 2048, [f"nothing was read beyond byte {at}"])
+    assert after(whole[:10240] + bytes(40960)) == (5, ["nothing was read beyond byte 10240"])
+    for rest in (b"", b"x" * 1024, whole[40960:] + whole):
         found, said = after(whole[:40960] + rest)
         assert found == 20 and said
     for good in (whole, whole[:40960] + bytes(512), bytes(10240)):
         assert not after(good)[1]
-    for bad in (b"", b"<html>", zlib.compress(whole), b"\x1f\x8b" + whole[2:]):
+    for bad in (b"", b"<html>", zlib.compress(whole), b"?" + whole[1:], b"\x1f\x8b" + whole[2:]):
         assert after(bad)[0] == 0 and after(bad)[1]
 
 
@@ -289,10 +287,10 @@ def test_two_tables_or_one_of_other_things_leave_pairs_to_their_names(stage, tmp
 
 
 HOPELESS = {               # files; words of the one line that says what was found and what to do
-    "nothing": ({}, "0 pictures, 0 texts and 0 tables"),
-    "classes": ({"cats/0.jpg": RED, "dogs/0.jpg": RED}, "2 pictures, 0 texts"),
-    "other columns": ({"0.jpg": RED, "a.csv": b"id,title\n0,x\n"}, "begins with b'id,title"),
-    "COCO": ({"0.jpg": RED, "captions.json": b'{"images": [], "annotations": []}'}, "1 texts"),
+    "nothing": ({}, "0 files, 0 of them tables"),
+    "classes": ({"cats/0.jpg": RED, "dogs/0.jpg": RED}, "2 files, 0 of them tables"),
+    "other columns": ({"0.jpg": RED, "a.csv": b"id,title\n0,x\n"}, "2 files, 1 of them tables"),
+    "COCO": ({"0.jpg": RED, "captions.json": b'{"images": [], "annotations": []}'}, "2 files"),
 }
 
 

@@ -51,7 +51,6 @@ def test_every_stage_trains_the_adapters_alone(stage, adapt, chain, tmp_path, mo
     monkeypatch.setattr(stage(1), "build_proxy", build)
     monkeypatch.setattr(stage(1), "adamw", adamw)
     stage(5).open_lab.cache_clear()
-    stage(5).open_judge.cache_clear()
     start, selected, moved = adapt(), str(tmp_path / "selected-topk-0.5.csv"), []
     for number, flags in ((1, ["--smoke", "--steps", "1", "--batch-size", "64"]),
                           (2, ["--smoke", "--steps", "1"]), (3, ["--baselines"]), (4, ["--method", "topk"]),

