@@ -432,11 +432,10 @@ def prepare(folder, args):
                                                                    "form": repr(ENTRY)}
         changed = ", ".join(name for name in made if old.get(name) != made[name] and tasks)
         if changed:
-            if old:
-                print0(f"{folder} was made with other {changed}: it is made anew")
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            print0(f"{folder}: {3 * args.size ** 2 + 2 * args.words + 150} bytes of disk a pair, "
+            print0(f"{folder} is made" + f" anew, with other {changed}" * bool(old)
+                   + f": {3 * args.size ** 2 + 2 * args.words + 150} bytes of disk a pair, "
                    f"{shutil.disk_usage(part).free / 1e9:.1f} GB are free")
             split_rows(part, read_tasks(part, tasks, args), args)
             if any(made["plant"] or ()):
@@ -800,8 +799,7 @@ def decode_image(data, size):
     image = Image.open(io.BytesIO(data))
     image.draft(None, (2 * size, 2 * size))                # a large JPEG is decoded in part
     image.load()
-    with contextlib.suppress(Exception):                   # broken EXIF: the pixels are sound
-        ImageOps.exif_transpose(image, in_place=True)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":                              # what is white in them is not known
         raise ValueError("one channel of more than 8 bits")
     if image.has_transparency_data:
@@ -847,8 +845,7 @@ def rank():
 
 def mine(rows):
     """This process's share of a global batch: the rank-th of `world()` equal runs of rows."""
-    share = len(rows) // world()
-    return rows[rank() * share:(rank() + 1) * share]
+    return rows.chunk(world())[rank()]
 
 
 def average_gradients(net):
@@ -896,11 +893,8 @@ def launch(main, args):
         os._exit(130)                                      # its workers end with it
     except OSError as error:
         why = str(error).strip().rpartition("\n")[2]       # of a worker, its last line
-        raise SystemExit(f"{args.out}: {why}: mend that and run the same command again; earlier "
-                         "files are as they were")
-    except (RuntimeError, MemoryError) as error:
-        if not re.search("out of memory|allocate|ALLOC_FAILED|killed by", str(error)):
-            raise
+        raise SystemExit(f"{args.out}: {why}: mend that and run the same command again")
+    except (torch.OutOfMemoryError, MemoryError):
         raise SystemExit("out of memory: lower --batch-size, or --size and --width of 01_proxy.py")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -218,8 +218,6 @@ def parse_args(argv=None):
         std=(0.15, "sigma of eq. 11, as a share"), seed=(0, "of what is drawn"),
         write_shards=("", "folder for the pairs as new tar shards"))
     args.ratings = Path(args.ratings or Path(args.out) / "ratings.npy")
-    if not set(args.rank_by.split(",")) <= set(RANKINGS):
-        raise SystemExit(f"--rank-by {args.rank_by}: name one or more of {', '.join(RANKINGS)}")
     if not (args.drop < 1 and args.mean <= 1 and 1e-6 <= args.std <= 1 and args.keep > 0
             and (args.keep <= 1 or args.keep % 1 == 0)):
         raise SystemExit("--drop, --mean and --std are shares from 0 to 1 (50 per cent is 0.5), "
@@ -248,7 +246,7 @@ def main(args, device=None):
         print(f"{args.ratings} carries no record of what it was made from: it is taken as it is")
     folder = Path(args.out) / known.get("pairs", "pairs")
     pairs, made = s1.open_pairs(folder), s1.read_json(folder / "made.json")
-    if args.write_shards and made["data"] in ("own", "toy", *s1.DATASETS):
+    if args.write_shards and made["data"] in s1.BUILT_IN:
         raise SystemExit(f"--write-shards copies pairs out of files, not those of {made['data']}")
     suited, why = advise(known.get("written_by", ""), args.rank_by)
     args.method = args.method or suited
@@ -267,13 +265,12 @@ def main(args, device=None):
     names, counts = np.unique(pairs.strata(rows), return_counts=True)
     shares = [f"{n / len(rows):.0%} {name}" for name, n in zip(names, counts) if name]
     print(f"wrote {stem}.csv, .json, .png: {len(rows)} of {len(real)} pairs"
+          + f", none of the {planted.sum()} with planted dirt" * bool(planted.any())
           + f": {', '.join(shares)}" * bool(shares))
     at_cut = rating[real] == rating[rows].min()            # equal ratings are drawn by lot
     if args.method != "random" and at_cut.sum() > at_cut[chosen].sum():
         print(f"{at_cut.sum()} pairs have the lowest rating kept: "
               f"{at_cut[chosen].sum()} were drawn")
-    if planted.any():
-        print(f"{planted.sum()} pairs with planted dirt are left out of the ranking")
     if args.write_shards:
         write_shards(args.write_shards, pairs, rows, made)
     return f"look at {stem}.png; next 05_train_eval.py, or --selected {stem}.csv"

@@ -16,8 +16,7 @@ pairs, which no rating has seen: its distance is not FID and its score not OpenA
 With --weights the public networks of both are used instead: their code comes after `main` and can
 be skipped. On a CPU as many arms are trained at a time as there are cores, a thread each.
 
-Reads    out/pairs/, out/proxy.pt, out/ratings.npy, out/ratings-loss.npy, or --selected files of
-         stage 4
+Reads    out/pairs/, out/proxy.pt, out/ratings.npy, out/ratings-loss.npy, or --selected files
 Writes   out/results.csv (a row per arm and seed), .md, and out/results-samples.png (all arms under
          the same captions and noise)
 Run      python 05_train_eval.py                          five minutes on two cores
@@ -204,8 +203,7 @@ def run_all(stem, arms, args, lab, judge, reference, device, cores):
         for k, file in enumerate([Path(args.out) / "proxy.pt", *files])})
     results = progress.kept.setdefault("results", [])
     samples = progress.kept.setdefault("samples", {})      # {arm: (8, 3, H, W)}
-    first = lab.settings.seed
-    work = [(seed, arm) for seed in range(first, first + args.seeds) for arm in arms][len(results):]
+    work = [(lab.settings.seed + k, arm) for k in range(args.seeds) for arm in arms][len(results):]
     run, began = functools.partial(run_arm, args=args, device=device), time.monotonic()
     found = zip(work, s1.side_by_side(run, work, "spawn", cores))
     for done, ((seed, arm), (result, images)) in enumerate(found, 1):
@@ -297,7 +295,7 @@ def sum_up(results, arms, real):
     rivals = [arm.name for arm in arms if not arm.ratings and not arm.file]
     chosen = [name for name in match if name not in rivals] or rivals
     best = max(chosen, key=lambda name: match[name].mean())
-    first = arms[0].name                                   # full
+    first = arms[0].name
     lines = [f"Best selection: {best}, match {match[best].mean():.0f} % after "
              f"{steps[best] / steps[first]:.0%} of the steps of {first}; against " + ", ".join(
                  f"{rival} {show_difference(match[best] - match[rival], 1)}" for rival in rivals)]
@@ -346,10 +344,9 @@ def main(args, device, arms=ARMS, name="results"):
     s1.print0(f"{args.seeds * len(arms)} models, {steps:,} steps; fewer --seeds or --epochs, or "
               "some files with --selected, make it less")
     judge, reference = open_judge(args, lab, device)
-    rows = np.arange(min(DRAWN, len(lab.val)))
+    rows = np.arange(min(DRAWN, len(lab.val)))             # real images that it has not seen
     real = judge_images(judge, lab.val.batch(rows)[0], lab.val.read("caption", rows), reference)
-    floor = (f"{len(rows)} real images that the judge has not seen: score {real['score']:.1f}, "
-             f"match {real['match']:.0f} %, distance {real['distance']:.3f}")
+    floor = f"{len(rows)} real images: " + ", ".join(f"{k} {v:.1f}" for k, v in real.items())
     s1.print0(floor)
     if args.save_images:
         save_images(args, "real", lab.test.images[lab.test.rows], lab.test)

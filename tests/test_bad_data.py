@@ -38,7 +38,7 @@ REDS, GREENS, BLACK, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 0), (255, 255, 255
 
 PICTURES = {               # file: (its bytes, the colour as read or the reason why it is not)
     "good.jpg": (JPEG, GREENS), "capitals.JPG": (JPEG, GREENS), "png as.jpg": (RED, REDS),
-    "broken EXIF.png": (RED[:33] + chunk(b"eXIf", b"broken") + RED[33:], REDS),
+    "broken EXIF.png": (RED[:33] + chunk(b"eXIf", b"broken") + RED[33:], UNREADABLE),
     "text of 3 MB.png": (RED[:33] + chunk(b"zTXt", b"Comment\0\0" + MUCH) + RED[33:], UNREADABLE),
     "profile of 3 MB.png": (RED[:33] + chunk(b"iCCP", b"icc\0\0" + MUCH) + RED[33:], UNREADABLE),
     "truncated.jpg": (JPEG[:200], UNREADABLE), "nothing.jpg": (b"", UNREADABLE),

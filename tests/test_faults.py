@@ -15,6 +15,8 @@ import tarfile
 import time
 from pathlib import Path
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -243,11 +245,11 @@ def test_a_full_disk_is_one_line_and_earlier_files_survive(chain, tmp_path, numb
         assert attempt(out, number, flags, changes=QUICK)[0] == 0
 
 
-@pytest.mark.parametrize("greedy", [lambda: torch.empty(10 ** 15), lambda: np.empty(10 ** 15)])
-def test_too_little_memory_is_one_line_with_the_cure(stage, tmp_path, greedy):
+def test_too_little_memory_is_one_line_with_the_cure(stage, tmp_path):
     args = stage(1).parse_args(["--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="^out of memory: lower --batch-size.*$"):
-        stage(1).launch(lambda args, device: greedy(), args)
+    for error in (torch.OutOfMemoryError, MemoryError):
+        with pytest.raises(SystemExit, match="^out of memory: lower --batch-size.*$"):
+            stage(1).launch(mock.Mock(side_effect=error), args)
     with pytest.raises(RuntimeError, match="illegal"):     # other errors keep their traceback
         stage(1).launch(lambda args, device: exec('raise RuntimeError("illegal access")'), args)
 
