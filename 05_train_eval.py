@@ -19,7 +19,7 @@ be skipped. On a CPU as many arms are trained at a time as there are cores, a th
 Reads    out/pairs/, out/proxy.pt, out/ratings.npy, out/ratings-loss.npy, or --selected files
 Writes   out/results.csv (a row per arm and seed), .md, and out/results-samples.png (all arms under
          the same captions and noise)
-Run      python 05_train_eval.py                          five minutes on two cores
+Run      python 05_train_eval.py                          four minutes on two cores
          python 05_train_eval.py --selected out/selected-topk-0.5.csv --seeds 1
          torchrun --nproc-per-node 2 -- 05_train_eval.py
 """

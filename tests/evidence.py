@@ -1,4 +1,4 @@
-"""The evidence beyond stage 5's ten arms: one command per question, one Markdown table each.
+"""The evidence beyond stage 5's five arms: one command per question, one Markdown table each.
 
     python tests/evidence.py main        every rule on both signals, and rankings without a rater
                                          (Table 1)
