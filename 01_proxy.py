@@ -62,7 +62,7 @@ from torch.utils.data import DataLoader
 
 VOCABULARY = 2048          # rows of the word table; a word's row follows from its CRC-32
 DEPTH = 3                  # blocks of the proxy
-T_SHIFT = 1.2              # added, for stages 2 and 3: t = sigmoid(normal + 1.2), of mean 0.74
+T_SHIFT = 1.2              # added, for stages 2 and 3: t = sigmoid(normal + 1.2), of mean 0.73
 CAPTION_DROPOUT = 0.1      # share of captions blanked in training, for classifier-free guidance
 TOY_PAIRS = {"train": 4000, "val": 1000, "test": 1000}
 SMOKE_PAIRS = {"train": 256, "val": 64, "test": 64}
@@ -146,8 +146,9 @@ def time_features(t, width):
 def build_proxy(settings, device):
     """The network that the options of this stage describe, with fresh weights."""
     net = DiT(settings.size, settings.patch, settings.width, DEPTH, settings.words).to(device)
-    if device.type == "cuda" and not settings.fp32 and torch.cuda.is_bf16_supported(False):
-        net.forward = torch.autocast("cuda", torch.bfloat16)(net.forward)     # of this pass alone
+    emulated = {"including_emulation": False}              # bf16 where the GPU itself has it
+    if device.type == "cuda" and not settings.fp32 and torch.cuda.is_bf16_supported(**emulated):
+        net.forward = torch.autocast("cuda", torch.bfloat16)(net.forward)
     torch.set_float32_matmul_precision("highest" if settings.fp32 else "high")         # TF32
     return net
 
@@ -196,9 +197,8 @@ def descend(loss, net, opt, clip=2.0):
 
 
 def adamw(net, lr):
-    """The optimiser of all three networks: betas as in the released code, weight decay 0.01."""
-    trained = [p for p in net.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), fused=True)
+    """The optimiser of every network: betas as in the released code, torch's weight decay 0.01."""
+    return torch.optim.AdamW(net.parameters(), lr, (0.9, 0.95), fused=True)   # frozen ones rest
 
 
 def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None):
@@ -224,7 +224,7 @@ def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None):
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
     args = parse(
-        argv, __doc__, dict(steps=12, batch_size=16),
+        argv, __doc__, smoke=dict(steps=12, batch_size=16),
         data=("toy", f"toy, {', '.join(DATASETS)}, tar shards (* works), or a folder"),
         val=("", "pairs you trust, as files like those of --data"),
         pairs=(0, "take so many training pairs; 0 takes all"),
@@ -235,7 +235,8 @@ def parse_args(argv=None):
         batch_size=(64, "pairs, all processes"), steps=(400, "of warm-up"),
         lr=(2e-3, "of the warm-up"), seed=(0, "of every random draw, in all stages"),
         fp32=(False, "no bf16 or TF32 on a GPU, in all stages"))
-    args.plant, asked = (3 * args.plant)[:3], args.plant   # of PLANTED
+    asked = args.plant
+    args.plant = (3 * asked)[:3]                           # of PLANTED
     if len(asked) not in (1, 3) or not all(share >= 0 for share in asked) or sum(args.plant) > 0.99:
         raise SystemExit("--plant takes three shares, together 0.99 at most, or one for all three")
     if args.val and args.data in BUILT_IN:
@@ -270,7 +271,7 @@ def main(args, device):
 
 # ---- pairs with known dirt: drawn, or planted in real ones ------------------------------------
 # A stratum says what a pair is, for the analysis only: nothing rates by it (a test shuffles them).
-# Selections leave out what --plant has planted.
+# Selections of stage 4 leave out what --plant has planted.
 #   informative      one shape in colour on a background, and the caption says so
 #   plain            a white field; teaches nothing, lies about nothing, costs steps
 #   chaotic-noise    noise under a caption that promises a shape

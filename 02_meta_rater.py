@@ -13,8 +13,8 @@ pair is like what was taught, and its weight rises.
     eq. 7    W_inst = softmax over a group of pairs,  W_i = W_inst,i * W_batch
     eq. 8    assume L(theta_hat; x_i) = 0, and eq. 6 becomes
     eq. 9    mu <- mu - alpha sum_i L(theta; x_i) grad_mu W_i           (--signal loss)
-    eq. 10   the batch gradient of eq. 5: mean over pairs of W_i grad L; here a sum, as W_i holds
-             the 1/N already
+    eq. 10   the batch gradient of eq. 5: mean over pairs of W_i grad L; here a sum over a group,
+             as W_i holds its 1/N already, and a mean over groups
 
 What the difference of eq. 6 measures: after hundreds of steps the negative of a reducible holdout
 loss (RHO-LOSS, arXiv 2206.07137), how much better a model that knows the validation pairs explains
@@ -46,7 +46,7 @@ pairs on 2 GPUs are groups of 32), so the number of processes changes nothing.
 
 Reads    out/pairs/, out/proxy.pt
 Writes   out/rater.pt, .json, .csv            (--signal loss: out/rater-loss.pt, .json, .csv)
-Run      python 02_meta_rater.py                        half a minute on two cores
+Run      python 02_meta_rater.py                        40 s on two cores
          torchrun --nproc-per-node 2 -- 02_meta_rater.py --signal loss
 """
 import importlib
@@ -91,22 +91,22 @@ class Rater(nn.Module):
         patches = self.to_patch(x).flatten(2).transpose(1, 2)                 # (B, P, D)
         h = self.encoder(torch.cat([self.word(c), patches], 1) + self.position).mean(1)    # (B, D)
         cosine = 5 * self.contrast.compare(x, c)[:, None]                     # (B, 1)  added
-        return self.norm(torch.cat([h, cosine], 1))        # (B, D) from here on, one D more
+        return self.norm(torch.cat([h, cosine], 1))        # (B, D'), D' = D + 1
 
     def logits(self, f):
-        """Instance rating of features (..., D) -> (...): eq. 7's W_inst before its softmax."""
+        """Instance rating of features (..., D') -> (...): eq. 7's W_inst before its softmax."""
         return self.instance(f).squeeze(-1)
 
     def group_weight(self, mean, var):
-        """W_batch (..., 1) of groups whose features have this mean and variance (..., D)."""
+        """W_batch (..., 1) of groups whose features have this mean and variance (..., D')."""
         return self.group(torch.cat([mean, var], -1)).sigmoid()
 
 
 def weigh(rater, x, c, group_size):
     """Eq. 7: W_inst (B / G, G), summing to 1 in every group of G pairs, and W_batch (B / G, 1)."""
-    f = rater.features(x, c)                                                  # (B, D)
+    f = rater.features(x, c)                                                  # (B, D')
     W_inst = rater.logits(f).view(-1, group_size).softmax(1)                  # (B / G, G)   eq. 7
-    groups = f.view(-1, group_size, f.shape[-1])                              # (B / G, G, D)
+    groups = f.view(-1, group_size, f.shape[-1])                              # (B / G, G, D')
     return W_inst, rater.group_weight(groups.mean(1), groups.var(1, unbiased=False))
 
 
@@ -147,16 +147,16 @@ def negative_entropy(W_inst, W_batch):
 def meta_step(nets, opts, train, val, rng, args, rest=False):
     """One step of eqs. 5-7. nets and opts: proxy theta, ref theta_hat, rater mu.
 
-    All losses are those of the parameters before the step. The proxies are never joined again, so
+    All losses are those of the parameters before the step. theta is never reset to theta_hat, so
     that the gap adds up over the steps; there is no second derivative. train and val are whole
     batches (x (B, 3, H, W), c (B, T)), of which a process takes its share; each softmax runs over a
-    group inside it. With `rest` the rater stays as it is. Returns the COLUMNS of the log.
+    group inside it. With `rest` the rater stays as it is. Returns the log's COLUMNS, see below.
     """
     (x, c), (x_val, c_val) = train, val
     noise = s1.draw_noise(x, rng, s1.T_SHIFT)              # one for both proxies; added: the shift
     noise_val = s1.draw_noise(x_val, rng)
     seen, c_val = s1.drop_captions(c, rng), s1.drop_captions(c_val, rng)      # added
-    group_size = min(GROUP, len(x) // 2)
+    group_size = min(GROUP, len(x) // 2)                   # W_batch ranks two groups or more
     x, c, seen, x_val, c_val = map(s1.mine, (x, c, seen, x_val, c_val))
     noise, noise_val = ([s1.mine(drawn) for drawn in both] for both in (noise, noise_val))
 
@@ -165,7 +165,7 @@ def meta_step(nets, opts, train, val, rng, args, rest=False):
     L_theta = s1.flow_loss(nets["proxy"], x, seen, *noise)                    # (B,)
     L_hat = s1.flow_loss(nets["ref"], x, seen, *noise)                        # (B,)
     L_val = s1.flow_loss(nets["proxy"], x_val, c_val, *noise_val)             # (B,)
-    loss = L_val.mean() + (W * L_theta).sum()              # as eqs. 2, 3 minimise
+    loss = L_val.mean() + (W * L_theta).sum()              # the objectives of eqs. 2 and 3
     norm = s1.descend(loss, nets["proxy"], opts["proxy"])                     # eqs. 5, 10
     norm_hat = s1.descend((W * L_hat).sum(), nets["ref"], opts["ref"])        # eq. 5, no g_val
 
@@ -174,7 +174,7 @@ def meta_step(nets, opts, train, val, rng, args, rest=False):
     objective = rater_objective(W_inst, W_batch, *rank_signal(signal, W_inst.detach()))
     norm_mu = norm.new_zeros(()) if rest else s1.descend(
         objective + args.tau * negative_entropy(W_inst, W_batch), nets["rater"], opts["rater"])
-    ess = 1 / W_inst.square().sum(1).mean() / group_size
+    ess = 1 / W_inst.square().sum(1).mean() / group_size   # effective sample size, as a share
     return [number.detach() for number in (
         L_val.mean(), L_hat.mean(), gap.mean(), gap.std(), ess, W_batch.mean(),
         W_inst.clamp_min(1e-12).log().std(1).mean(), norm_mu + norm + norm_hat)]
@@ -247,7 +247,7 @@ class Contrast(nn.Module):
 
 
 def degrade(x, rng):
-    """A third of the images as they are, a third noised, a third blurred: drawn ones may be so."""
+    """A third of the images as they are, a third noised, a third blurred, as models draw them."""
     from torchvision.transforms.functional import gaussian_blur               # slow to import
     kind = torch.randint(3, (len(x), 1, 1, 1), generator=rng, device=x.device)
     amount = 0.6 * torch.rand(kind.shape, generator=rng, device=x.device)
@@ -257,7 +257,7 @@ def degrade(x, rng):
 
 
 def train_contrast(pairs, steps, seed, batch_size=128):
-    """Contrastive training; pairs of the batch that share a caption are all right answers."""
+    """Contrastive training; a caption that comes twice in the batch is right for both pictures."""
     device, batch_size = pairs.device, min(batch_size, len(pairs))
     torch.manual_seed(seed)
     net = Contrast(pairs.images.shape[-1], pairs.tokens.shape[1]).to(device)
@@ -277,7 +277,7 @@ def train_contrast(pairs, steps, seed, batch_size=128):
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
     return s1.parse(
-        argv, __doc__, dict(steps=12, batch_size=16),
+        argv, __doc__, smoke=dict(steps=12, batch_size=16),
         signal=(("difference", "loss"), "eq. 6, or eq. 9 as in the released code"),
         batch_size=(64, "training pairs, and as many validation pairs, all processes"),
         steps=(200, "meta steps"), lr=(1e-3, "of theta, theta_hat and mu"),

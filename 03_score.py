@@ -5,11 +5,12 @@ belongs to the pair and averages the batch away:
 
     rating_i = logit_i + log(mean of W_batch over 16 groups: pair i and its companions)
 
-which is log W_i up to the softmax's normaliser. The companions are drawn once from the corpus for
-all pairs, so that within a corpus a rating depends on its pair alone: batch-mates, order of work
-and number of processes change nothing. (The released code's ratings are softmaxes over the scoring
-batch: they depend on batch-mates and on file order, and grow in a short last batch.) Ratings are
-written chunk by chunk: memory does not grow with the corpus, and a run that is killed continues.
+which is log W_i of eq. 7 but for the softmax's normaliser, with a mean W_batch. The companions are
+drawn once from the corpus for all pairs, so that within a corpus a rating depends on its pair
+alone: batch-mates, order of work and number of processes change nothing. (The released code's
+ratings are softmaxes over the scoring batch: they depend on batch-mates and on file order, and grow
+in a short last batch.) Ratings are written chunk by chunk: memory does not grow with the corpus,
+and a run that is killed continues.
 
 A rating costs one pass of the small rater. `contrast`, the cosine that the rater is given, is by
 itself what practitioners filter by, in small. --baselines adds three rankings without a rater, the
@@ -27,7 +28,6 @@ Run      python 03_score.py                      ten seconds on two cores
          torchrun --nproc-per-node 2 -- 03_score.py
 """
 import argparse
-import csv
 import importlib
 import os
 import re
@@ -58,11 +58,10 @@ NUMBERS = ["instance", "group", "rating", "contrast"]
 BASELINES = ["ref_loss", "difference", "gain"]
 LOW_IS_GOOD = ("ref_loss", "difference")
 
-STRATUM_COLOURS = {        # collages: a stratum of photographs, not of the toy
-                   "informative": "#0072B2", "plain": "#E69F00", "planted-plain": "#E69F00",
+STRATUM_COLOURS = {"informative": "#0072B2", "plain": "#E69F00", "planted-plain": "#E69F00",
                    "chaotic-noise": "#555555", "planted-noise": "#555555",
                    "chaotic-caption": "#CC79A7", "planted-caption": "#CC79A7",
-                   "chaotic-collage": "#009E73"}
+                   "chaotic-collage": "#009E73"}           # of photographs, not of the toy
 
 
 # ---- the score -------------------------------------------------------------------------------
@@ -274,7 +273,7 @@ def main(args, device):
     score(nets, companions, pairs, stem, settings.seed, progress)
     if s1.rank():
         return
-    progress.finish()                                      # the last step ended with its table
+    progress.finish()                                      # `score` has written the table
     os.replace(f"{stem}.npy.part", f"{stem}.npy")
     command = (f"03_score.py --signal {args.signal}" + " --baselines" * args.baselines
                + f" --data {args.data}" * bool(args.data))

@@ -1,10 +1,11 @@
 """Stage 5 of 5: train the same model from scratch on every selection and compare what it draws.
 
-    eq. 1    find S in D with M(theta(S)) >~ M(theta(D)) at the same number of epochs
+    eq. 1    find S in D with M(theta(S)) >~ M(theta(D)), M a measure, at as many epochs
 
-An arm is a selection: half the pairs take half the steps. All arms of a seed share initial
-weights, evaluation captions and noise, so their differences are paired; a seed also redraws the
-random selections. Measured on the test pairs, which neither a proxy nor an arm is trained on:
+An arm is a selection, chosen as stage 4 does: half the pairs take half the steps. All arms of a
+seed share initial weights, so their differences are paired; a seed also redraws what is drawn by
+chance. Ratings, judge, and captions and noise of the evaluation are those of all seeds. Measured
+on 512 test pairs, which neither a proxy nor an arm is trained on:
 
     held-out   mean flow loss under fixed noise
     distance   Frechet distance between features of drawn and of real images
@@ -318,7 +319,7 @@ def draw_samples(path, samples, test):
 # ---- the stage -------------------------------------------------------------------------------
 def parse_args(argv=None):
     return s1.parse(
-        argv, __doc__, dict(epochs=1, seeds=2, batch_size=16),
+        argv, __doc__, smoke=dict(epochs=1, seeds=2, batch_size=16),
         selected=([], "files of stage 4 as arms"),
         batch_size=(64, "pairs, all processes"), epochs=(16, "over every selection"),
         seeds=(3, "paired repetitions"), lr=(5e-3, "of the downstream model"),
@@ -341,8 +342,8 @@ def main(args, device, arms=ARMS, name="results"):
         raise SystemExit(f"{arms[np.argmin(sizes)].name}: {min(sizes)} pairs are fewer than "
                          "--batch-size")
     steps = args.seeds * args.epochs * sum(size // args.batch_size for size in sizes)
-    s1.print0(f"{args.seeds * len(arms)} models, {steps:,} steps; fewer --seeds or --epochs, or "
-              "some files with --selected, make it less")
+    s1.print0(f"training the judge, then {args.seeds * len(arms)} models, {steps:,} steps; fewer "
+              "--seeds or --epochs, or some files with --selected, make it less")
     judge, reference = open_judge(args, lab, device)
     rows = np.arange(min(DRAWN, len(lab.val)))             # real images that it has not seen
     real = judge_images(judge, lab.val.batch(rows)[0], lab.val.read("caption", rows), reference)

@@ -73,7 +73,7 @@ def test_checkpoints_never_run_code(stage, tmp_path):
             return (open, (str(tmp_path / "sprung"), "w"))
     s1, path = stage(1), tmp_path / "proxy.pt"
     path.write_bytes(pickle.dumps(Trap(), protocol=2))
-    with pytest.raises(SystemExit, match="not as 01_proxy.py wrote"):
+    with pytest.raises(SystemExit, match="was changed: run 01_proxy.py"):
         s1.load(path, "01_proxy.py")
     s1.record(path, "01_proxy.py", [], settings={})        # even one whose record fits
     with pytest.raises((SystemExit, pickle.UnpicklingError)):

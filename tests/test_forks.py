@@ -35,21 +35,13 @@ def adapt(stage):
 
 def test_every_stage_trains_the_adapters_alone(stage, adapt, chain, tmp_path, monkeypatch):
     """A step of each: frozen weights stay as they are to the bit, in the networks and in the
-    files; adapters move, and the optimisers hold nothing else."""
-    built, held, usual = [], [], stage(1).adamw
+    files; adapters move."""
+    built = []
 
     def build(settings, device):
         built.append(adapt())
         return built[-1]
-
-    def adamw(net, lr):
-        opt = usual(net, lr)
-        if net in built:
-            held.append({p for group in opt.param_groups for p in group["params"]}
-                        == {p for p in net.parameters() if p.requires_grad})
-        return opt
     monkeypatch.setattr(stage(1), "build_proxy", build)
-    monkeypatch.setattr(stage(1), "adamw", adamw)
     stage(5).open_lab.cache_clear()
     start, selected, moved = adapt(), str(tmp_path / "selected-topk-0.5.csv"), []
     for number, flags in ((1, ["--smoke", "--steps", "1", "--batch-size", "64"]),
@@ -61,7 +53,7 @@ def test_every_stage_trains_the_adapters_alone(stage, adapt, chain, tmp_path, mo
         moved.append(sum(any(not torch.equal(*pair) for pair in zip(
             net.parameters(), start.parameters())) for net in built[first:]))
         assert moved[-1] == len(built) - first, f"stage {number}"
-    assert moved == [1, 2, 2, 0, 3] and len(held) == 6 and all(held)
+    assert moved == [1, 2, 2, 0, 3]
     rater = torch.load(tmp_path / "rater.pt", weights_only=True)
     saved = [torch.load(tmp_path / "proxy.pt", weights_only=True), rater["proxy"], rater["ref"]]
     for state in [*(net.state_dict() for net in built), *saved]:
