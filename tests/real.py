@@ -282,7 +282,7 @@ SETTINGS = {               # name: options of stages 1 and 2, and what is done t
 def ask_dials(args):
     """AUC of the rating over planted dirt, kind by kind, at a good setting and at six bad ones."""
     for corpus in args.corpora:
-        plant = ["--plant", "0.1"] if "=" in corpus else []
+        plant, steps = (["--plant", "0.1"], ["--steps", "400"]) if "=" in corpus else ([], [])
         rows = []
         for setting, (first, second, spoil) in SETTINGS.items():
             with open_corpus(corpus, args, FIRST, [*plant, *first]) as (name, settings, pairs):
@@ -290,7 +290,7 @@ def ask_dials(args):
                     spoil(Path(settings.out) / "pairs")
                 with contextlib.redirect_stdout(sys.stderr):
                     s1.launch(s1.main, settings)
-                found = s3.areas(pairs.strata(), rate_variant(settings, second, {}))
+                found = s3.areas(pairs.strata(), rate_variant(settings, steps + second, {}))
                 worst = min(found.values())
                 rows.append((setting, *(f"{area:.2f}" for area in found.values()),
                              "yes" if worst >= s3.GOOD else "no"))
