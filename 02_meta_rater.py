@@ -165,7 +165,7 @@ def meta_step(nets, opts, train, val, rng, args, rest=False):
     L_theta = s1.flow_loss(nets["proxy"], x, seen, *noise)                    # (B,)
     L_hat = s1.flow_loss(nets["ref"], x, seen, *noise)                        # (B,)
     L_val = s1.flow_loss(nets["proxy"], x_val, c_val, *noise_val)             # (B,)
-    loss = L_val.mean() + (W * L_theta).sum()              # the objectives of eqs. 2 and 3
+    loss = L_val.mean() + (W * L_theta).sum()              # the objectives of eqs. 2, 3
     norm = s1.descend(loss, nets["proxy"], opts["proxy"])                     # eqs. 5, 10
     norm_hat = s1.descend((W * L_hat).sum(), nets["ref"], opts["ref"])        # eq. 5, no g_val
 
@@ -307,11 +307,10 @@ def main(args, device):
     nets["rater"] = Rater(settings.size, settings.patch, settings.words).to(device)
 
     name, command = name_rater(args.signal)
-    if not (out / f"{name}.progress").exists():
-        steps = 20 if settings.smoke else CONTRAST_STEPS
-        s1.print0(f"training the contrastive network, {steps} steps")
-        contrast = train_contrast(val, steps, settings.seed + 1)              # not 05's judge
-        nets["rater"].contrast.load_state_dict(contrast.state_dict())
+    steps = 20 if settings.smoke else CONTRAST_STEPS
+    s1.print0(f"training the contrastive network, {steps} steps")
+    contrast = train_contrast(val, steps, settings.seed + 1)                  # not 05's judge
+    nets["rater"].contrast.load_state_dict(contrast.state_dict())
     progress = s1.Progress(out / f"{name}.progress", {
         **vars(args), "proxy.pt": s1.digest(out / "proxy.pt")}, COLUMNS, warn_of_collapse)
     learn(nets, pairs, val, args, settings.seed, progress)

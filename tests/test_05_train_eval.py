@@ -66,10 +66,11 @@ def test_differences_are_paired_by_seed_and_taken_to_no_smaller_baseline(stage):
     assert not any(line.startswith("| a$b_$ | random 5") for line in table)
     for row in results:
         row["steps"] = 10 * row["pairs"]
-    said = stage(5).sum_up(results, arms, {"match": 39.0})
+    results += [{**row, "arm": "poor", "match": row["match"] - 9} for row in results[2::3]]
+    said = stage(5).sum_up(results, [*arms, Arm("poor", file="b.csv")], {"match": 39.0})
     assert "Best selection: a$b_$, match 202 % after 70% of the steps of full" in said
     assert "full +1 ± 0 wins, random 5 +2 ± 0 wins" in said and "Better than full: a$b_$" in said
-    assert "39 % of real images: it says little here" in said and "Worse" not in said
+    assert "39 % of real images: it says little here" in said and "Worse than full: poor" in said
 
 
 # ---- arms ------------------------------------------------------------------------------------

@@ -78,6 +78,9 @@ def test_the_script_for_coco_writes_pairs_that_stage_1_learns_from(stage, tmp_pa
     (tmp_path / "annotations/captions_train2017.json").write_text(json.dumps(notes))
     monkeypatch.chdir(tmp_path)
     exec(script, {"__name__": "coco"})
+    for wrong in ("--size 16", "--size 32 --batch-size 49"):
+        with pytest.raises(SystemExit, match="own was written with another --size or .* or has fe"):
+            launch(stage, 1, f"--data own --words 16 --smoke --out coco {wrong}".split())
     launch(stage, 1, "--data own --size 32 --words 16 --smoke --out coco".split())
     pairs = stage(1).open_pairs(stage(1).Path("coco/pairs"))
     assert len(pairs) == 48 and pairs.images.shape[2] == 32
