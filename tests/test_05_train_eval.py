@@ -162,12 +162,17 @@ def test_a_comparison_that_was_killed_goes_on_with_the_next_arm(
     assert [(row["pairs"], row["steps"]) for row in expected[:3]] == [
         ("256", "16"), ("128", "8"), ("128", "8")]         # half the pairs, half the steps
     assert len({row["held-out"] for row in expected}) == 6
-    evaluate, flags = mock.Mock(side_effect=stage(5).evaluate), ["--save-images", f"{tmp_path}/im"]
-    monkeypatch.setattr(stage(5), "evaluate", evaluate)
+    drawn, judged, flags = [], [], ["--save-images", f"{tmp_path}/im"]
+    evaluate, judge = stage(5).evaluate, stage(5).judge_images
+    monkeypatch.setattr(stage(5), "evaluate", lambda *given: drawn.append(evaluate(*given))
+                        or drawn[-1])
+    monkeypatch.setattr(stage(5), "judge_images", lambda sees, images, *rest: judged.append(images)
+                        or judge(sees, images, *rest))
     with mock.patch.object(stage(1), "train", cut_at(stage(1).train, 3)), pytest.raises(Cut):
         compare(stage, out, *flags)
     assert len((out / "results.csv").read_text().split("\n")) == 4
-    assert compare(stage, out, *flags) == expected and evaluate.call_count == 2 + 4
+    assert compare(stage, out, *flags) == expected and len(drawn) == 2 + 4
+    assert all(map(torch.equal, (images for _, images in drawn[-4:]), judged[-4:]))
     said, table = capsys.readouterr().out, (out / "results.md").read_text()
     assert "6 models, 64 steps" in said and table in said and not list(out.glob("*.progress"))
     assert table.count("| selected-topk-0.5 | full |") == 1
