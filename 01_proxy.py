@@ -225,7 +225,7 @@ def train(net, pairs, steps, batch_size, lr, seed, decay=0.0, progress=None):
 def parse_args(argv=None):
     args = parse(
         argv, __doc__, smoke=dict(steps=12, batch_size=16),
-        data=("toy", f"toy, {', '.join(DATASETS)}, tar shards (* works), or a folder"),
+        data=("toy", f"{', '.join(BUILT_IN)} (arrays), tar shards (* works), or a folder"),
         val=("", "pairs you trust, as files like those of --data"),
         pairs=(0, "take so many training pairs; 0 takes all"),
         plant=([0.0], "dirt to plant: shares of plain, of noise, of wrong captions; or one"),
@@ -888,7 +888,7 @@ def launch(main, args):
     torch.manual_seed(vars(args).get("seed", 0))
     try:
         end = main(args, torch.device("cuda" if cuda else "cpu"))
-        print0(f"{end} ({time.monotonic() - began:.0f} s)")
+        print0(f"{end} ({time.monotonic() - began:.0f} s, --out {args.out})")
     except KeyboardInterrupt:
         print0("\nstopped: the same command goes on from the last save, a minute ago at most")
         os._exit(130)                                      # its workers end with it

@@ -280,8 +280,8 @@ def parse_args(argv=None):
         argv, __doc__, smoke=dict(steps=12, batch_size=16),
         signal=(("difference", "loss"), "eq. 6, or eq. 9 as in the released code"),
         batch_size=(64, "training pairs, and as many validation pairs, all processes"),
-        steps=(200, "meta steps"), lr=(1e-3, "of theta, theta_hat and mu"),
-        tau=(1.0, "weight of the entropy term (added)"))
+        steps=(200, "meta steps"), lr=(1e-3, "beta and alpha: of theta, theta_hat and mu"),
+        tau=(1.0, "weight of the entropy term (added): more keeps weights closer together"))
 
 
 def name_rater(signal):

@@ -232,7 +232,7 @@ def parse_args(argv=None):
         argv, __doc__,
         data=("", "pairs to rate instead of the training pairs, as files like those of 01"),
         signal=(("difference", "loss"), "which rater of stage 2"),
-        baselines=(False, "rankings without a rater, too"))
+        baselines=(False, f"rankings without a rater, too: {', '.join(BASELINES)}"))
 
 
 def load_nets(out, signal, with_proxies, settings, device):

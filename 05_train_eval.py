@@ -320,10 +320,10 @@ def draw_samples(path, samples, test):
 def parse_args(argv=None):
     return s1.parse(
         argv, __doc__, smoke=dict(epochs=1, seeds=2, batch_size=16),
-        selected=([], "files of stage 4 as arms"),
+        selected=([], "files of stage 4 as arms; planted pairs are left out of all"),
         batch_size=(64, "pairs, all processes"), epochs=(16, "over every selection"),
-        seeds=(3, "paired repetitions"), lr=(5e-3, "of the downstream model"),
-        weights=("", "folder of the public networks of FID and CLIP score, to use them"),
+        seeds=(3, "repetitions of every arm"), lr=(5e-3, "of the downstream model"),
+        weights=("", "folder of the public networks of FID and CLIP score, to judge by them"),
         save_images=("", "folder for what every arm draws, with captions, for other tools"))
 
 
