@@ -24,6 +24,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn as nn
 
 from common import CPU, cell, chunks, command_line, head, s1, s2, s3, s4, s5, show
 
@@ -219,6 +220,37 @@ def shuffle_signal(signal, W_inst, rank_signal=s2.rank_signal):
     return rank_signal(signal.gather(1, places), W_inst)
 
 
+class GainRater(s2.Rater):
+    """With a second number beside the cosine: what the caption is worth to the warm proxy."""
+    gain = {}                  # of this corpus, see `learn_gain`
+
+    def __init__(self, size, patch, words, width=64, depth=2):
+        super().__init__(size, patch, words, width, depth)
+        self.instance[0], self.group[0] = nn.Linear(width + 2, 64), nn.Linear(2 * width + 4, 64)
+        self.norm = nn.LayerNorm(width + 2)
+
+    def features(self, x, c):
+        patches = self.to_patch(x).flatten(2).transpose(1, 2)
+        h = self.encoder(torch.cat([self.word(c), patches], 1) + self.position).mean(1)
+        gain = torch.tensor([self.gain[name_pair(*pair)] for pair in zip(x, c)])
+        return self.norm(torch.cat([h, torch.stack([5 * self.contrast.compare(x, c), gain], 1)], 1))
+
+
+def name_pair(x, c):
+    return x.numpy().tobytes() + c.numpy().tobytes()
+
+
+@torch.no_grad()
+def learn_gain(settings, pairs):
+    """Give GainRater the gain of every pair, of mean 0 and spread 1."""
+    proxy = s1.build_proxy(settings, CPU)
+    proxy.load_state_dict(s1.load(Path(settings.out) / "proxy.pt", "01_proxy.py")[1])
+    gain = torch.cat([s3.baselines(proxy, proxy, *pairs.batch(rows), s1.seeded("cpu", k))[2]
+                      for k, rows in enumerate(chunks(pairs))])
+    standard = ((gain - gain.mean()) / gain.std()).tolist()
+    GainRater.gain = dict(zip(map(name_pair, *pairs.batch()), standard))
+
+
 VARIANTS = {               # name: options of stage 2, what is put in the place of what
     "as shipped": ([], {}),
     "without the cosine": ([], {(s2.Contrast, "compare"): lambda net, x, c: x.new_zeros(len(x))}),
@@ -227,7 +259,8 @@ VARIANTS = {               # name: options of stage 2, what is put in the place 
     "no ranks": ([], {(s2, "rank_signal"): scale_signal}),
     "no entropy term": (["--tau", "0"], {}),
     "W_batch = 1": ([], {(s2.Rater, "group_weight"): lambda net, mean, var: 0 * mean[..., :1] + 1}),
-    "theta on trusted pairs alone": ([], {(s1, "flow_loss"): detach_first(s1.flow_loss)})}
+    "theta on trusted pairs alone": ([], {(s1, "flow_loss"): detach_first(s1.flow_loss)}),
+    "with the gain, too": ([], {(s2, "Rater"): GainRater})}
 
 
 def rate_variant(settings, flags, swaps):
@@ -252,8 +285,11 @@ def ask_raters(args):
             with open_corpus(corpus, args, seed) as (name, settings, pairs):
                 with contextlib.redirect_stdout(sys.stderr):
                     s1.launch(s1.main, settings)
-                for variant, (flags, swaps) in VARIANTS.items():
-                    rating = rate_variant(settings, flags, swaps)
+                learn_gain(settings, pairs)
+                steps = ["--steps", "400"] * ("=" in corpus)
+                for variant in args.only or VARIANTS:
+                    flags, swaps = VARIANTS[variant]
+                    rating = rate_variant(settings, steps + flags, swaps)
                     for stratum, area in areas(pairs.strata(), rating).items():
                         table.setdefault((variant, stratum), []).append(area)
         show_areas(name, table)
@@ -308,6 +344,7 @@ def main(argv=None):
     parser.add_argument("corpora", nargs="+", help="toy, planted, ..., or NAME=TRAIN,VAL")
     parser.add_argument("--lr", type=float, default=5e-3, help="of the downstream model")
     parser.add_argument("--csv", help="arms: keep the rows of every seed here")
+    parser.add_argument("--only", nargs="+", help="raters: some of the variants")
     parser.add_argument("--root", help="folder of the data sets, as in 01_proxy.py")
     args = parser.parse_args(argv)
     print("`python tests/real.py " + " ".join(argv or sys.argv[1:]) + "`")
