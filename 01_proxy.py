@@ -62,10 +62,7 @@ from torch.utils.data import DataLoader
 
 VOCABULARY = 2048          # rows of the word table; a word's row follows from its CRC-32
 DEPTH = 3                  # blocks of the proxy
-T_SHIFT = 1.2              # added, for stages 2 and 3: t = sigmoid(normal + 1.2), of mean 0.73
-CAPTION_DROPOUT = 0.1      # share of captions blanked in training, for classifier-free guidance
-TOY_PAIRS = {"train": 4000, "val": 1000, "test": 1000}
-SMOKE_PAIRS = {"train": 256, "val": 64, "test": 64}
+TOY_PAIRS = {"train": (4000, 256), "val": (1000, 64), "test": (1000, 64)}     # with --smoke
 DATASETS = ("FashionMNIST", "MNIST", "CIFAR10", "CIFAR100")        # of torchvision
 BUILT_IN = ("toy", *DATASETS, "own")                       # --data that is no path
 DATASET_TRUSTED = 1000     # validation pairs, of their training split; twice as many test pairs
@@ -169,7 +166,7 @@ def draw_noise(x, rng, shift=0.0):
 
 def drop_captions(c, rng):
     """Blank a tenth of the captions, so that `sample` can ask what the net draws without one."""
-    return c * (torch.rand(len(c), 1, generator=rng, device=c.device) >= CAPTION_DROPOUT)
+    return c * (torch.rand(len(c), 1, generator=rng, device=c.device) >= 0.1)
 
 
 @torch.no_grad()
@@ -236,7 +233,7 @@ def parse_args(argv=None):
         lr=(2e-3, "of the warm-up"), seed=(0, "of every random draw, in all stages"),
         fp32=(False, "no bf16 or TF32 on a GPU, in all stages"))
     asked = args.plant
-    args.plant = (3 * asked)[:3]                           # of PLANTED
+    args.plant = asked if len(asked) > 1 else 3 * asked    # of PLANTED
     if len(asked) not in (1, 3) or not all(share >= 0 for share in asked) or sum(args.plant) > 0.99:
         raise SystemExit("--plant takes three shares, together 0.99 at most, or one for all three")
     if args.val and args.data in BUILT_IN:
@@ -255,7 +252,7 @@ def main(args, device):
     if ((args.size, args.words) != (pairs.images.shape[2], pairs.tokens.shape[1])
             or len(pairs) < args.batch_size):
         raise SystemExit(f"{out}/pairs: --data own was written with another --size or --words, or "
-                         "has fewer training pairs than --batch-size")
+                         f"its {len(pairs)} training pairs are fewer than --batch-size")
     print0(f"pairs: {len(pairs)} train, {len(val)} val, {len(test)} test")
     made = out / "pairs/made.json"
     progress = Progress(out / "proxy.progress", {**vars(args), "pairs": digest(made)},
@@ -271,11 +268,9 @@ def main(args, device):
 
 # ---- pairs with known dirt: drawn, or planted in real ones ------------------------------------
 # A stratum says what a pair is, for the analysis only: nothing rates by it (a test shuffles them).
-# Selections of stage 4 leave out what --plant has planted.
 #   informative      one shape in colour on a background, and the caption says so
 #   plain            a white field; teaches nothing, lies about nothing, costs steps
-#   chaotic-noise    noise under a caption that promises a shape
-#   chaotic-caption  a clean picture, and nothing of its caption is right
+#   chaotic          noise under a caption that promises a shape; a clean one under a wrong caption
 STRATA = {"informative": 0.45, "plain": 0.30, "chaotic-noise": 0.15, "chaotic-caption": 0.10}
 PLANTED = ("planted-plain", "planted-noise", "planted-caption")
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230),
@@ -309,10 +304,8 @@ def plant_pictures(images, rows, kind, rng):
 
 
 def draw_shapes(n, size, rng):
-    """n clean pictures (n, 3, size, size) in [-1, 1] and what is on them (n, 3): colour, ground,
-    shape."""
-    what = np.stack([rng.integers(len(options), size=n) for options in (COLOURS, GROUNDS, SHAPES)],
-                    1)                                                        # (n, 3)
+    """n clean pictures (n, 3, size, size) in [-1, 1]; colour, ground and shape of each (n, 3)."""
+    what = np.stack([rng.integers(len(of), size=n) for of in (COLOURS, GROUNDS, SHAPES)], 1)
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     middle = rng.uniform(-0.1, 0.1, (2, n, 1, 1)).astype(np.float32)
     radius = rng.uniform(0.55, 0.7, (n, 1, 1)).astype(np.float32)
@@ -334,8 +327,7 @@ def describe(what):
 
 
 def draw_toy(n, size, seed, split, first=0):
-    """n pairs (key, image, caption, stratum) of the toy split 'train', 'val' or 'test', from number
-    `first` on; only 'train' has more than one stratum."""
+    """n pairs (key, image, caption, stratum) of a toy split; only 'train' has several strata."""
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), first][:2 + (first > 0)])
     kind = draw_kinds(n, list(STRATA.values())[1:] if split == "train" else [], rng)
     images, what = draw_shapes(n, size, rng)
@@ -356,15 +348,13 @@ def draw_toy(n, size, seed, split, first=0):
 ENTRY = np.dtype([("hash", "u8"), ("pixels", "u8"), ("key", "i8"), ("caption", "i8"),
                   ("stratum", "S15")])                     # hashes of key and picture
 PREPARED = ("data", "val", "pairs", "plant", "root", "size", "words", "seed", "smoke")
-TASK, TOY_TASK = 2048, 20000           # pairs that a core reads or draws at a time
-LEAST = 16                             # pairs of a split
+TASK, TOY_TASK, LEAST = 2048, 20000, 16    # pairs that a core reads or draws at a time; of a split
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w[\w{}]*".format("".join(
     chr(k) for k in range(0x300, 0x1f000) if unicodedata.category(chr(k)).startswith("M"))))
 
 
 def tokenize(captions, words):
-    """Captions -> (N, words) int16: a row of the word table for each word, or for each character
-    in CJK scripts; 0 fills up, and what is beyond `words` is cut off."""
+    """Captions -> (N, words) int16: the word table's row of each word or CJK character, then 0."""
     table = np.zeros((len(captions), words), np.int16)
     for row, caption in zip(table, captions):
         text = unicodedata.normalize("NFC", caption).lower()
@@ -421,16 +411,13 @@ def open_pairs(folder, split="train", device="cpu"):
 
 
 def prepare(folder, args):
-    """The first process makes `folder` of --data and --val, unless the same was made before.
-
-    It works in FOLDER.part, which takes its name when it is complete: a run that is killed begins
-    anew. args without `val` (03_score.py --data) make one split, train, of all pairs.
-    """
+    """The first process makes `folder` of --data and --val, unless the same was made before: in
+    FOLDER.part until it is whole. args without `val` (03_score.py --data): all pairs are train."""
     if rank() == 0:
         part, old = Path(f"{folder}.part"), read_json(folder / "made.json")
         tasks, stamp = list_tasks(args)
-        made = {name: vars(args).get(name) for name in PREPARED} | {"files": stamp,
-                                                                   "form": repr(ENTRY)}
+        made = {name: vars(args).get(name) for name in PREPARED}
+        made |= {"files": stamp, "form": repr(ENTRY)}
         changed = ", ".join(name for name in made if old.get(name) != made[name] and tasks)
         if changed:
             shutil.rmtree(part, ignore_errors=True)
@@ -456,7 +443,7 @@ def list_tasks(args):
     if args.data == "own":
         return [], ""
     if args.data == "toy":
-        counts = {**(SMOKE_PAIRS if args.smoke else TOY_PAIRS)}
+        counts = {split: sizes[args.smoke] for split, sizes in TOY_PAIRS.items()}
         counts["train"] = args.pairs or counts["train"]
         return [(split, draw_toy, (min(TOY_TASK, n - first), args.size, args.seed, split, first))
                 for split, n in counts.items() for first in range(0, n, TOY_TASK)], ""
@@ -501,16 +488,14 @@ def read_tasks(folder, tasks, args):
 def append(file, rows, total):
     """Append rows to an open .npy, whose head, which numpy leaves room for, then says `total`."""
     file.seek(0)
-    np.lib.format.write_array_header_1_0(file, {
-        "descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False,
-        "shape": (total, *rows.shape[1:])})
+    head = np.lib.format.header_data_from_array_1_0(rows)
+    np.lib.format.write_array_header_1_0(file, {**head, "shape": (total, *rows.shape[1:])})
     file.seek(0, os.SEEK_END)
     file.write(rows.tobytes())
 
 
 def read_task(task, args):
-    """Arrays, texts and [(reason, name)] of what was skipped of one task. No torch is used here,
-    whose threads a forked worker does not have."""
+    """Arrays and texts of one task, and [(reason, name)] of what was skipped; no torch is used."""
     images, captions, entries, texts, skipped = [], [], [], [], []
     _, reader, arguments = task
     for key, image, caption, stratum in reader(*arguments):
@@ -546,8 +531,8 @@ def split_rows(folder, labels, args):
         splits["train"] = corpus
     elif "train" not in splits:
         splits = dict(zip(("val", "test", "train"), deal(corpus, keys, 0.1, args.seed)))
-        print0("no --val: part of the corpus is held out instead. Validation no better than the "
-               "corpus can only ask eq. 6 for more of the same; give it pairs you trust.")
+        print0("no --val: part of the corpus is held out instead, and eq. 6 can only ask for more "
+               "of the same: give it pairs you trust")
     if vars(args).get("pairs"):                            # any part of them, whatever is added
         lots = np.argsort(keys[splits["train"]])[:args.pairs]
         splits["train"] = splits["train"][np.sort(lots)]
@@ -563,12 +548,10 @@ def split_rows(folder, labels, args):
 
 
 def deal(rows, keys, share, seed):
-    """Two halves of a share of the rows, and the rest. A pair's place follows from its key, so that
-    another pair moves none."""
+    """Two halves of a share of the rows, and the rest, by their keys: another pair moves none."""
     lots = keys[rows] ^ np.uint64(hash64(f"split {seed}".encode()))
     lots = lots * np.uint64(0x9E3779B97F4A7C15) / 2 ** 64                     # mixed, in [0, 1]
-    places = np.digitize(lots, (share / 2, share))
-    return [rows[places == k] for k in range(3)]
+    return [rows[np.digitize(lots, (share / 2, share)) == k] for k in range(3)]
 
 
 def plant_pairs(folder, args):
@@ -592,13 +575,11 @@ def plant_pairs(folder, args):
         file.write(json.dumps(PLAIN_CAPTION).encode() + b"\n")
     for k, stratum in enumerate(PLANTED, 1):
         entries["stratum"][rows[kind == k]] = stratum.encode()
-    print0("planted " + ", ".join(f"{(kind == k).sum()} {name.removeprefix('planted-')}"
-                                  for k, name in enumerate(PLANTED, 1)))
+        print0(f"{stratum}: {(kind == k).sum()} pairs")
 
 
 def split_dataset(args):
-    """[(split, its name in keys, data set, rows)] of one of DATASETS, which torchvision downloads
-    to --root: no validation pair is a training pair, and the test has the test split's."""
+    """[(split, its name in keys, data set, rows)] of a data set; a val pair is no training pair."""
     from torchvision import datasets                       # takes as long to import as torch
     kind, rng = getattr(datasets, args.data), np.random.default_rng(args.seed)
     try:
@@ -615,8 +596,7 @@ def split_dataset(args):
 
 
 def read_dataset(name, data, rows, size):
-    """Pairs (key, image, caption, stratum) of a data set: 'T-shirt/top' is 'a photo of a t-shirt',
-    '8 - eight' 'a photo of an eight'."""
+    """Pairs of a data set: 'T-shirt/top' is 'a photo of a t-shirt', '8 - eight' '... an eight'."""
     for row in rows:
         image, label = data[row]
         word = data.classes[label].split(" - ")[-1].split("/")[0].replace("_", " ").lower()
@@ -653,8 +633,7 @@ def list_sources(path):
     if tars:
         return tars, files
     tables = [file for file in shown if file.lower().endswith((".csv", ".jsonl"))]
-    named = [(os.path.relpath(file, top).replace(os.sep, "/"),
-              Path(file).read_bytes, "") for file in files]
+    named = [(os.path.relpath(file, top), Path(file).read_bytes, "") for file in files]
     pairs = [*read_table(tables[0], files)] if len(tables) == 1 else []
     if not any(pair for _, pair, _ in pairs):
         pairs = [*group_files(sorted(named, key=lambda item: SPLIT.match(item[0]).groups()))]
@@ -670,8 +649,7 @@ def list_pairs(source):
 
 
 def list_members(path):
-    """(name, function that reads it, "") of the files of a tar as far as it is sound, or (name,
-    None, why it is skipped)."""
+    """(name, function that reads it, "") of a tar's files, or (name, None, why it is skipped)."""
     try:
         tar = tarfile.open(path, "r:", encoding="utf-8")
         for member in iter(tar.next, None):
@@ -689,8 +667,7 @@ def list_members(path):
 
 
 def group_files(files):
-    """What `list_pairs` yields, of files as in `list_members`: neighbours with one key are a pair.
-    As in WebDataset, the key is the name up to its first dot."""
+    """What `list_pairs` yields: neighbours of one key, the name up to its first dot, are a pair."""
     key, pair = None, {}
     for name, read, reason in files:
         name = name.removeprefix("./")
@@ -738,8 +715,7 @@ def read_table(table, files):
 
 
 def read_pairs(source, size):
-    """(key, image (3, size, size) uint8, caption, stratum) of a source's pairs; (name, None,
-    reason, "") of what is skipped."""
+    """(key, image, caption, stratum) of a source's pairs; (name, None, reason, "") if skipped."""
     where = f"{source}: " if isinstance(source, str) else ""
     for key, files, reason in list_pairs(source):
         for kind in of_types(files, IMAGE_TYPES)[1:]:
@@ -749,10 +725,7 @@ def read_pairs(source, size):
 
 
 def decode_pair(files, size):
-    """(image, caption, stratum) of a pair's {suffix: function that reads it}, or why it has none.
-
-    The caption is that of .txt, else of .caption, else of the first field of .json that has one.
-    """
+    """(image, caption, stratum) of a pair's {suffix: function that reads it}, or what is wrong."""
     images = of_types(files, IMAGE_TYPES)
     if not images:
         return "no picture beside it"
@@ -787,19 +760,16 @@ def parse_json(text):
 
 
 def clean(text):
-    """A text, or the first of a list, that can be written and printed: no controls, no lone
-    surrogates; "" of anything else."""
+    """A text, or the first of a list, without controls and lone surrogates; "" of anything else."""
     text = text[0] if isinstance(text, list) and text else text
     text = CONTROLS.sub(" ", text).strip() if isinstance(text, str) else ""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def decode_image(data, size):
-    """Image bytes -> (3, size, size) uint8: upright, in RGB, on white, the largest square in the
-    middle, shrunk."""
+    """Image bytes -> (3, size, size) uint8: upright, in RGB, on white, the square in the middle."""
     image = Image.open(io.BytesIO(data))
     image.draft(None, (2 * size, 2 * size))                # a large JPEG is decoded in part
-    image.load()
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":                              # what is white in them is not known
         raise ValueError("one channel of more than 8 bits")
@@ -881,8 +851,7 @@ def launch(main, args):
     if dist.is_torchelastic_launched():
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                timeout=datetime.timedelta(days=7))           # while 01 reads
+        dist.init_process_group(timeout=datetime.timedelta(days=7))           # while 01 reads
     if vars(args).get("batch_size", 0) % world():
         raise SystemExit(f"--batch-size {args.batch_size} must divide by {world()} processes")
     torch.manual_seed(vars(args).get("seed", 0))
@@ -916,12 +885,9 @@ def end_with_first(_):
 
 
 class Progress:
-    """A loop of steps that may be killed at any moment; the same command continues it.
-
-    As batches and random numbers depend on the seed and the step alone, a continued run ends bit
-    for bit as an unbroken one (on a CPU). Once in ten steps it looks at the numbers and, if it is
-    time, tells and saves. `log`: a row of numbers a step, `kept`: whatever else shall survive.
-    """
+    """A loop of steps that may be killed; the same command continues it, on a CPU bit for bit, as
+    batches and random numbers depend on seed and step alone. Once in ten steps it looks, tells and
+    saves. `log` holds a row of numbers a step, `kept` whatever else shall survive."""
 
     def __init__(self, path=None, settings=None, columns=(), warn=lambda *means: ""):
         self.path, self.settings, self.columns, self.warn = path, settings, columns, warn
@@ -1016,17 +982,15 @@ def record(path, written_by, grew_from, **facts):
 
 
 def check(path):
-    """The record of a result, {} for a file of somebody else's. Ends the program where anything
-    that it grew from has changed since."""
+    """The record of a result, {} of a foreign file; what it grew from must not have changed."""
     known = read_json(path.with_suffix(".json"))
     if digest(path) not in (known.get("digest"), known.get("csv")):
         return {}
     for name, value in known["grew_from"].items():
-        parent = path.parent / name
-        if parent.exists() and digest(parent) != value:
-            raise SystemExit(f"{path} was made from another {parent} than is there now: run "
-                             f"{known['written_by']} again, with the same --out")
-        if parent.exists():
+        if (parent := path.parent / name).exists():
+            if digest(parent) != value:
+                raise SystemExit(f"{path} was made from another {parent} than is there now: run "
+                                 f"{known['written_by']} again, with the same --out")
             check(parent)
     return known
 

@@ -62,6 +62,7 @@ sys.path.insert(0, str(Path(__file__).parent))             # PYTHONSAFEPATH leav
 s1 = importlib.import_module("01_proxy")
 
 CONTRAST_STEPS = 500       # of the contrastive network's training
+T_SHIFT = 1.2              # added: t = sigmoid(normal + 1.2), of mean 0.73
 GROUP = 32                 # pairs under one softmax; W_batch ranks the groups of a batch
 
 
@@ -153,7 +154,7 @@ def meta_step(nets, opts, train, val, rng, args, rest=False):
     group inside it. With `rest` the rater stays as it is. Returns the log's COLUMNS, see below.
     """
     (x, c), (x_val, c_val) = train, val
-    noise = s1.draw_noise(x, rng, s1.T_SHIFT)              # one for both proxies; added: the shift
+    noise = s1.draw_noise(x, rng, T_SHIFT)              # one for both proxies; added: the shift
     noise_val = s1.draw_noise(x_val, rng)
     seen, c_val = s1.drop_captions(c, rng), s1.drop_captions(c_val, rng)      # added
     group_size = min(GROUP, len(x) // 2)                   # W_batch ranks two groups or more

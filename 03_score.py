@@ -82,7 +82,7 @@ def baselines(proxy, ref, x, c, rng):
     """ref_loss, difference and gain (B,), each the mean of DRAWS draws at the meta step's noise."""
     sums = torch.zeros(len(x), 3, device=x.device)
     for _ in range(DRAWS):
-        noise = s1.draw_noise(x, rng, s1.T_SHIFT)          # same for all three
+        noise = s1.draw_noise(x, rng, s2.T_SHIFT)          # same for all three
         L_theta, L_hat = (s1.flow_loss(net, x, c, *noise) for net in (proxy, ref))
         L_empty = s1.flow_loss(ref, x, 0 * c, *noise)                         # no caption
         sums += torch.stack([L_hat, L_theta - L_hat, L_empty - L_hat], 1) / DRAWS

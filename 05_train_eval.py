@@ -14,12 +14,11 @@ on 512 test pairs, which neither a proxy nor an arm is trained on:
 
 Features and cosines come from a small contrastive network like stage 2's, trained here on the test
 pairs, which no rating has seen: its distance is not FID and its score not OpenAI's CLIP score.
-With --weights the public networks of both are used instead: their code comes after `main` and can
-be skipped. On a CPU as many arms are trained at a time as there are cores, a thread each.
+With --weights the public networks of both judge: their code, after `main`, can be skipped. On a CPU
+as many arms are trained at a time as there are cores, a thread each.
 
 Reads    out/pairs/, out/proxy.pt, out/ratings.npy, out/ratings-loss.npy, or --selected files
-Writes   out/results.csv (a row per arm and seed), .md, and out/results-samples.png (all arms under
-         the same captions and noise)
+Writes   out/results.csv (a row per arm and seed), .md, -samples.png (same captions and noise)
 Run      python 05_train_eval.py                          four minutes on two cores
          python 05_train_eval.py --selected out/selected-topk-0.5.csv --seeds 1
          torchrun --nproc-per-node 2 -- 05_train_eval.py

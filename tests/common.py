@@ -35,9 +35,8 @@ def collect(pairs, words=8):
 
 def draw_splits(settings, draw=s1.draw_toy):
     """The toy's splits train, val and test, as stage 1 prepares them with these options."""
-    counts = s1.SMOKE_PAIRS if settings.smoke else s1.TOY_PAIRS
-    return [collect(draw(n, settings.size, settings.seed, split), settings.words)
-            for split, n in counts.items()]
+    return [collect(draw(n[settings.smoke], settings.size, settings.seed, split), settings.words)
+            for split, n in s1.TOY_PAIRS.items()]
 
 
 @functools.lru_cache(maxsize=None)

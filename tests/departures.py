@@ -85,7 +85,7 @@ def departures(steps):
         FREE_LOSS: ("--signal loss --tau 0", []),
         "signal standardised, not ranked": ("", [(s2, "rank_normal", standardise)]),
         "signal neither ranked nor centred": ("", [(s2, "rank_normal", scale)]),
-        "t not shifted": ("", [(s1, "T_SHIFT", 0.0)]),
+        "t not shifted": ("", [(s2, "T_SHIFT", 0.0)]),
         SIGMOID: ("--tau 0", [(s2, "weigh", soften)]), SOFTMAX: ("--tau 0", [twice]),
         DIVIDED: ("", [reweighed(lambda k: (1 / PER_GPU, 1.0))]),
         SCHEDULE: ("", [reweighed(lambda k: (1 - upper_level(k), upper_level(k)))]),

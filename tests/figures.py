@@ -89,8 +89,8 @@ def measure(nets, pairs, own_noise, draws, seed=0):
     x, c = pairs.batch()
     rng, sums = s1.seeded(x.device, seed, "figure", own_noise), 0
     for _ in range(draws):
-        noise = s1.draw_noise(x, rng, s1.T_SHIFT)
-        other = s1.draw_noise(x, rng, s1.T_SHIFT) if own_noise else noise
+        noise = s1.draw_noise(x, rng, s2.T_SHIFT)
+        other = s1.draw_noise(x, rng, s2.T_SHIFT) if own_noise else noise
         L_theta = s1.flow_loss(nets["proxy"], x, c, *other)
         L_hat = s1.flow_loss(nets["ref"], x, c, *noise)
         sums = sums + torch.stack([L_hat, L_theta - L_hat]) / draws
@@ -235,7 +235,7 @@ def work_example(nets, pairs, group_size, seed=0):
     groups = s1.draw_batches(len(pairs), group_size, seed, 0, len(pairs))
     rows = next(rows for rows in groups if set(THREE) <= {*pairs.strata(rows)})
     x, c = pairs.batch(rows)
-    t, eps = s1.draw_noise(x, s1.seeded("cpu", seed, "example"), s1.T_SHIFT)
+    t, eps = s1.draw_noise(x, s1.seeded("cpu", seed, "example"), s2.T_SHIFT)
     L_theta, L_hat = (s1.flow_loss(nets[name], x, c, t, eps) for name in ("proxy", "ref"))
     gap = L_theta - L_hat                                                     # (G,)
     s = s2.rank_normal(gap)

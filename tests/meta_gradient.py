@@ -105,7 +105,7 @@ def draw_pairs(seed, smoke, n=64):
     (x, c), (x_val, c_val) = (split.batch(next(s1.draw_batches(len(split), n, seed, 0, 1)))
                               for split in (pairs, val))
     rng = s1.seeded("cpu", seed, "exact")
-    noises = [s1.draw_noise(x, rng, shift) for shift in (s1.T_SHIFT, 0.0, s1.T_SHIFT)]
+    noises = [s1.draw_noise(x, rng, shift) for shift in (s2.T_SHIFT, 0.0, s2.T_SHIFT)]
     return proxy, (x, c, *noises[0]), (x_val, c_val, *noises[1]), (x, c, *noises[2])
 
 
@@ -144,7 +144,7 @@ def part_by_adamw(nets, pairs, val, seed, args, after):
     for k, both in enumerate(zip(*batches), 1):
         (x, c), (x_val, c_val) = (split.batch(rows) for split, rows in zip((pairs, val), both))
         rng = s1.seeded("cpu", seed, "part", k)
-        train = x, c, *s1.draw_noise(x, rng, s1.T_SHIFT)
+        train = x, c, *s1.draw_noise(x, rng, s2.T_SHIFT)
         trusted = x_val, c_val, *s1.draw_noise(x_val, rng)
         for name, parts in (("proxy", (trusted, train)), ("ref", (train,))):
             loss = sum(s1.flow_loss(nets[name], *part).mean() for part in parts)

@@ -113,7 +113,7 @@ def expect(stage, nets, train, val, rng, args):
     """Numbers of the log, and the vectors that one meta step at a rate of 0.1 leads to: three flow
     losses of the nets as they are, and a gradient for each net."""
     s1, s2, groups = stage(1), stage(2), len(train[0]) // GROUP
-    noise, noise_val = s1.draw_noise(train[0], rng, s1.T_SHIFT), s1.draw_noise(val[0], rng)
+    noise, noise_val = s1.draw_noise(train[0], rng, s2.T_SHIFT), s1.draw_noise(val[0], rng)
     seen, seen_val = s1.drop_captions(train[1], rng), s1.drop_captions(val[1], rng)
     L_theta, L_hat = (s1.flow_loss(nets[name], train[0], seen, *noise) for name in ("proxy", "ref"))
     L_val = s1.flow_loss(nets["proxy"], val[0], seen_val, *noise_val).mean()

@@ -102,7 +102,7 @@ def test_baselines_are_the_losses_of_the_two_proxies(stage, rated):
     assert none.abs().max() == 0 and gain.abs().max() > 1e-4           # what the caption is worth
     assert torch.allclose(gain, without - loss, atol=1e-5)
     rng = stage(1).seeded("cpu", 1)
-    noises = [stage(1).draw_noise(x, rng, stage(1).T_SHIFT) for _ in range(stage(3).DRAWS)]
+    noises = [stage(1).draw_noise(x, rng, stage(2).T_SHIFT) for _ in range(stage(3).DRAWS)]
     with torch.no_grad():
         L_theta, L_hat = (sum(stage(1).flow_loss(nets[name], x, c, *noise) for noise in noises)
                           / len(noises) for name in ("proxy", "ref"))

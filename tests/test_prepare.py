@@ -31,7 +31,7 @@ def write_both(stage, folder, n, trusted):
 def test_mapped_pairs_are_those_in_memory(stage, tmp_path):
     """Pictures, words, keys, captions and strata, and those of a part of a part."""
     mapped = prepare(stage, tmp_path, "--smoke")
-    for split, n in s1.SMOKE_PAIRS.items():
+    for split, (_, n) in s1.TOY_PAIRS.items():
         memory = collect(s1.draw_toy(n, 16, 0, split))
         some = np.random.default_rng(0).permutation(n)[:20]
         for a, b in ((memory, mapped[split]), (memory.take(some), mapped[split].take(some)),
@@ -204,7 +204,7 @@ def test_planted_dirt_is_what_its_mark_says(stage, tmp_path, capsys):
     clean = prepare(stage, tmp_path / "clean", *flags)
     dirty = prepare(stage, tmp_path / "dirty", *flags, *PLANT)
     said = capsys.readouterr().out
-    assert "planted 10 plain, 20 noise, 40 caption\n" in said
+    assert "planted-plain: 10 pairs\nplanted-noise: 20 pairs\nplanted-caption: 40 pairs\n" in said
     for split in ("val", "test"):
         assert contents(tmp_path / "clean/pairs")[f"{split}.npy"] == contents(
             tmp_path / "dirty/pairs")[f"{split}.npy"]
