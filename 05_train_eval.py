@@ -67,8 +67,7 @@ class Arm(NamedTuple):
     file: str = ""
 
 
-# Each signal with the rule that suits it; tests/evidence.py has the others.
-EQ6, EQ9 = "ratings", "ratings-loss"
+EQ6, EQ9 = "ratings", "ratings-loss"   # each with the rule that suits it; tests/evidence.py has all
 ARMS = [Arm("full"), Arm("random 50%", keep=0.5),
         Arm("eq. 6, Top-K 50%", EQ6, "topk", 0.5),
         Arm("eq. 9, Shift-Gsample 50%", EQ9, "shift-gsample", 0.5),
@@ -159,13 +158,13 @@ def evaluate(net, test, seed):
 
 # ---- one arm, all arms -----------------------------------------------------------------------
 @functools.cache
-def open_lab(out, real, device):
+def open_lab(out, unplanted, device):
     """What all arms share: options of stage 1, splits, and `pool`, the rows to select from; with
-    `real` it leaves out what --plant planted."""
+    `unplanted` it leaves out what --plant planted."""
     settings, _ = s1.load(Path(out) / "proxy.pt", "01_proxy.py")
     pairs, val, test = (s1.open_pairs(Path(out) / "pairs", split, device)
                         for split in ("train", "val", "test"))
-    pool = np.flatnonzero(~(s4.find_planted(pairs) & real))
+    pool = np.flatnonzero(~(s4.find_planted(pairs) & unplanted))
     return SimpleNamespace(settings=settings, pairs=pairs, pool=pool, val=val, test=test)
 
 
@@ -208,14 +207,15 @@ def run_all(stem, arms, args, lab, judge, reference, device, cores):
     found = zip(work, s1.side_by_side(run, work, "spawn", cores))
     for done, ((seed, arm), (result, images)) in enumerate(found, 1):
         captions, pixels = lab.test.read("caption", np.arange(len(images))), s1.to_pixels(images)
-        images = torch.from_numpy(images).to(device)
-        results.append(result | judge_images(judge, images, captions, reference))
+        results.append(result | judge_images(
+            judge, torch.from_numpy(images).to(device), captions, reference))
         samples.setdefault(arm.name, torch.from_numpy(pixels[:8]))
         if args.save_images:
             save_images(args, f"{arm.name} seed {seed}", pixels, lab.test)
         minutes = (time.monotonic() - began) / 60 * (len(work) / done - 1)
         s1.print0(f"seed {seed}  {arm.name:30} " + "  ".join(
-            f"{name} {results[-1][name]:.3f}" for name in METRICS) + f"  {minutes:.1f} min left")
+            f"{name} {results[-1][name]:.3f}" for name in METRICS)
+            + f"  {minutes:.1f} min left" * (done >= cores))  # the first begin together
         s1.write_csv(f"{stem}.csv", list(results[-1]), [
             [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in results])
         progress.save({})
