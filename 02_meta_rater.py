@@ -21,8 +21,9 @@ loss (RHO-LOSS, arXiv 2206.07137), how much better a model that knows the valida
 this pair than one that does not. Why it is a meta-gradient: for one plain step from shared weights,
 theta = theta_hat - beta g_val, and
     L_i(theta) - L_i(theta_hat) = -beta <grad L_i, g_val> + O(beta^2) = dL_val / dW_i + O(beta^2).
-One step tells nothing yet, and both losses need the same t and eps: with separate noise the
-difference shows little but the noise, which the rater then has to average away.
+That one step tells nothing yet and hundreds do is what we measured, and does not follow from this.
+Both losses need the same t and eps: with two noises the difference shows little but these, which
+the rater then has to average away.
 
 Added to the paper, each marked in the code (what happens without it: .assets/differences.md):
     cosine         of picture and caption, under a small contrastive network trained on the
@@ -292,9 +293,10 @@ def name_rater(signal):
 
 
 def main(args, device):
-    if args.batch_size < 4 or args.batch_size % (min(GROUP, args.batch_size // 2) * s1.world()):
-        raise SystemExit(f"--batch-size {args.batch_size} must be even, and a multiple of {GROUP} "
-                         f"pairs, a group, times {s1.world()} processes from there on; at least 4")
+    unit = min(GROUP, max(args.batch_size // 2, 2)) * s1.world()              # a group in each
+    if args.batch_size < 4 or args.batch_size % unit:
+        raise SystemExit(f"--batch-size {args.batch_size} must be a multiple of {unit}: of the "
+                         f"pairs of a group times {s1.world()} processes")
     out = Path(args.out)
     settings, weights = s1.load(out / "proxy.pt", "01_proxy.py")
     pairs, val = (s1.open_pairs(out / "pairs", split, device) for split in ("train", "val"))

@@ -17,8 +17,8 @@ plain pictures, and the paper's rule is the default. By eq. 6 it means that vali
 pair, and the head is what is wanted: there topk is the default.
 
 The paper gives neither n, mu, sigma (here --drop, --mean, --std) nor says how to draw. Ours: drop
-25 %, as file names in the authors' first release have it; the mean at 50 % and the std of 15 points
-place the bell on what the paper calls informative, its 30 to 80 %. No pair is drawn twice: of a
+25 %, as file names in the authors' first release have it; a mean of 50 % and a std of 15 points put
+the bell over the middle (the paper calls its 30 to 80 % informative). No pair is drawn twice: of a
 half drawn under this bell with nothing dropped 9 % comes from the first quarter.
 
 Reads    out/ratings.npy, or --ratings with another .npy or .csv of stage 3, or with anybody's

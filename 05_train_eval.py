@@ -2,10 +2,10 @@
 
     eq. 1    find S in D with M(theta(S)) >~ M(theta(D)), M a measure, at as many epochs
 
-An arm is a selection, chosen as stage 4 does: half the pairs take half the steps. All arms of a
-seed share initial weights, so their differences are paired; a seed also redraws what is drawn by
-chance. Ratings, judge, and captions and noise of the evaluation are those of all seeds. Measured
-on 512 test pairs, which neither a proxy nor an arm is trained on:
+An arm is a selection, chosen here by stage 4's `select`, or --selected: half the pairs take half
+the steps. All arms of a seed share initial weights, so their differences are paired; a seed also
+redraws what is drawn by chance. Rater, judge, and captions and noise of the evaluation stay the
+same: intervals leave their spread out. On 512 test pairs, which no proxy and no arm has seen:
 
     held-out   mean flow loss under fixed noise
     distance   Frechet distance between features of drawn and of real images

@@ -83,7 +83,7 @@ def test_own_pictures_without_strata_or_validation(stage, tmp_path, monkeypatch,
     ("01_proxy.py --val here", "--val goes with files"),
     ("01_proxy.py --smoke --batch-size 100", "64 readable pairs, less than 100: add pairs, or"),
     ("01_proxy.py --steps 0", "--steps 0: a number from 1 up is needed"),
-    ("02_meta_rater.py --batch-size 80 --out CHAIN", "must be even, and a multiple of 32"),
+    ("02_meta_rater.py --batch-size 80 --out CHAIN", "must be a multiple of 32: of the pairs"),
     ("04_select.py --write-shards x --out CHAIN", "copies pairs out of files, not those of toy"),
     ("05_train_eval.py --batch-size 256 --out CHAIN", "128 pairs are fewer than --batch-size"),
     ("01_proxy.py --smoke --out /dev/null/x", "mend that and run the same command again")])
