@@ -143,8 +143,8 @@ def time_features(t, width):
 def build_proxy(settings, device):
     """The network that the options of this stage describe, with fresh weights."""
     net = DiT(settings.size, settings.patch, settings.width, DEPTH, settings.words).to(device)
-    emulated = {"including_emulation": False}              # bf16 where the GPU itself has it
-    if device.type == "cuda" and not settings.fp32 and torch.cuda.is_bf16_supported(**emulated):
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if bf16 and not settings.fp32:
         net.forward = torch.autocast("cuda", torch.bfloat16)(net.forward)
     torch.set_float32_matmul_precision("highest" if settings.fp32 else "high")         # TF32
     return net
