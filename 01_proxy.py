@@ -914,7 +914,7 @@ class Progress:
                 self.look()
                 now = time.monotonic()
                 left = (now - began) / (self.step - first) * (goal - self.step)
-                if self.columns and (now - self.told > TELL_EVERY or not left):
+                if self.columns and (now - self.told > TELL_EVERY or (self.path and not left)):
                     means, self.told = np.mean(self.log[-100:], 0) if self.log else (), now
                     left = f"   {datetime.timedelta(seconds=round(left))} left" * bool(left)
                     print0(f"step {self.step} of {goal}" + "".join(

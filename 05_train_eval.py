@@ -99,8 +99,7 @@ def list_arms(args, pairs, pool, arms):
                               for file in args.selected))
         if not np.isin(np.concatenate(chosen), pool).all():
             raise SystemExit("--selected lists pairs with planted dirt: leave them out")
-        counts = sorted({len(rows) for rows in chosen})
-        rivals = [Arm("full"), *(Arm(f"random {n}", keep=n) for n in counts)]
+        rivals = [Arm("full"), *(Arm(f"random {n}", keep=n) for n in sorted({*map(len, chosen)}))]
         if len({*names, "real", *(arm.name for arm in rivals)}) < len(names) + len(rivals) + 1:
             raise SystemExit(f"--selected {' '.join(names)}: names are not distinct, or taken")
         return rivals + [Arm(name, file=file) for name, file in zip(names, args.selected)]
@@ -184,7 +183,8 @@ def run_arm(work, args, device):
     torch.manual_seed(seed)                                # all arms start from the same weights
     net = s1.build_proxy(lab.settings, device)
     steps = args.epochs * (len(rows) // args.batch_size)   # eq. 1: half the pairs, half the steps
-    s1.train(net, lab.pairs.take(rows), steps, args.batch_size, args.lr, seed, DECAY)
+    progress = s1.Progress(columns=["loss", "grad_norm"], warn=lambda *_: f"   {arm.name}")
+    s1.train(net, lab.pairs.take(rows), steps, args.batch_size, args.lr, seed, DECAY, progress)
     seconds = time.monotonic() - began
     held_out, images = evaluate(net, lab.test, lab.settings.seed)
     strata, known = lab.pairs.strata(rows), set(lab.pairs.strata(lab.pool))
