@@ -1,5 +1,6 @@
 """Stage 5: the metrics against closed forms, the statistics, the choice of rows, the comparison."""
 import csv
+import re
 import shutil
 from unittest import mock
 
@@ -198,10 +199,13 @@ def test_planted_pairs_are_in_no_arm(stage, chain, tmp_path, monkeypatch, capsys
     launch(stage, 4, ["--out", str(out), "--keep", "50"])
     monkeypatch.setattr(stage(1), "train", lambda net, pairs, *rest, **how: (
         shown.append(pairs.rows), train(net, pairs, *rest, **how))[1])
+    monkeypatch.setattr(stage(1), "TELL_EVERY", 0)
     compare(stage, out, "--seeds", "1")
     assert [len(rows) for rows in shown] == [156, 50, 50]
     assert not set(np.concatenate(shown)) & set(rows[:100])
-    assert "100 pairs with planted dirt are in no arm" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "100 pairs with planted dirt are in no arm" in said
+    assert re.search(r"^step 3 of 3 .*   selected-topk-50$", said, re.M)      # how far an arm is
 
 
 @pytest.mark.slow
