@@ -184,9 +184,9 @@ def write_shards(folder, pairs, rows, made, per_shard=10000):
 def find_files(made, keys):
     """(key, {suffix: function that reads it}) of these keys, which stand in the files' order."""
     tasks, stamp = s1.list_tasks(argparse.Namespace(**made))
-    key = next(keys, None)
-    for label, _, (source, _) in tasks if stamp == made["files"] else ():
-        for name, files, _ in s1.list_pairs(source) if label == "data" else ():
+    key, unchanged = next(keys, None), stamp == made["files"]
+    for source in [source for label, _, (source, _) in tasks if unchanged and label == "data"]:
+        for name, files, _ in s1.list_pairs(source):
             if name == key and files and not isinstance(s1.decode_pair(files, 8), str):
                 yield name, files
                 key = next(keys, None)

@@ -32,6 +32,20 @@ def test_bf16_is_of_the_forward_passes_alone(stage):
         assert (whole - half).abs().max() < 0.03 * whole.abs().max()
 
 
+@pytest.mark.parametrize("flags,supported", [([], True), ([], False), (["--fp32"], True)])
+def test_bf16_is_on_where_the_gpu_has_it_and_fp32_was_not_asked_for(stage, monkeypatch, flags,
+                                                                    supported):
+    asked = []
+    monkeypatch.setattr(stage(1).DiT, "to", lambda net, device: net)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda **how: asked.append(how) or supported)
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype: lambda forward: (kind, dtype))
+    net = stage(1).build_proxy(stage(1).parse_args(flags), torch.device("cuda"))
+    half = supported and not flags
+    assert vars(net).get("forward") == (("cuda", torch.bfloat16) if half else None)
+    assert asked == [{"including_emulation": False}]
+
+
 @pytest.mark.parametrize("name,group", [("TORCHELASTIC_RUN_ID", ["group"]),
                                         ("SLURM_JOB_ID", [])])
 def test_a_group_is_made_under_torchrun_alone_after_the_device_is_chosen(
