@@ -54,6 +54,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported after a group is made, it keeps the group's threads alive
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -726,8 +727,7 @@ def read_pairs(source, size):
 
 def decode_pair(files, size):
     """(image, caption, stratum) of a pair's {suffix: function that reads it}, or what is wrong."""
-    images = of_types(files, IMAGE_TYPES)
-    if not images:
+    if not (images := of_types(files, IMAGE_TYPES)):
         return "no picture beside it"
     try:
         texts = [(kind, files[kind]().decode("utf-8-sig")) for kind in of_types(files, TEXT_TYPES)]
