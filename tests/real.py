@@ -114,12 +114,12 @@ RANKINGS = {               # name in the tables: file of stage 3, its columns
 
 def rate_corpus(settings, smoke):
     """Stages 1 to 3 as they are shipped, but for their figures, with both signals; folders with
-    eq. 6 alone, and with the steps that README gives for them."""
+    the steps that README gives for them."""
     own = settings.data not in ("toy", *s1.DATASETS)
     unseen = dict.fromkeys(("draw_bands", "draw_histogram"), mock.DEFAULT)
     with mock.patch.multiple(s3, **unseen), contextlib.redirect_stdout(sys.stderr):
         s1.launch(s1.main, settings)
-        for signal in ("difference", "loss")[:1 + (not own)]:
+        for signal in ("difference", "loss"):
             flags = ["--out", settings.out, "--signal", signal]
             s1.launch(s2.main, s2.parse_args(
                 flags + ["--steps", "400"] * own + ["--smoke"] * smoke))
@@ -137,10 +137,7 @@ def ask_signals(args, judge=lambda *_: None):
                 rate_corpus(settings, args.smoke)
                 seconds.append(time.perf_counter() - start)
                 for ranking, (stem, columns) in RANKINGS.items():
-                    file = Path(settings.out) / f"{stem}.npy"
-                    if not file.exists():
-                        continue
-                    values = s4.read_ratings(file, columns, pairs)
+                    values = s4.read_ratings(Path(settings.out) / f"{stem}.npy", columns, pairs)
                     for stratum, area in areas(pairs.strata(), values).items():
                         table.setdefault((ranking, stratum), []).append(area)
                 judge(name, settings, pairs)
@@ -155,8 +152,7 @@ def list_arms(pairs, out):
     return [s5.Arm("full"), s5.Arm("random 50%", keep=0.5), *(
         s5.Arm(f"{name}, 50%", stem, "topk", 0.5, rank_by=columns)
         for name, (stem, columns) in RANKINGS.items() if stem == s5.EQ6 and columns != "ref_loss"),
-        *[s5.Arm("rating, eq. 9, Shift-Gsample 50%", s5.EQ9, "shift-gsample", 0.5)] * (
-            Path(out) / f"{s5.EQ9}.npy").exists(),
+        s5.Arm("rating, eq. 9, Shift-Gsample 50%", s5.EQ9, "shift-gsample", 0.5),
         s5.Arm("all right pairs", file=str(right))]
 
 
