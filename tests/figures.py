@@ -173,8 +173,8 @@ def draw_bell(axis):
     usual = s4.parse_args([])
     w = np.linspace(0, 1, 501)
     outline = [patheffects.withStroke(linewidth=7, foreground="white")]
-    for drop, style, label in ((0.0, ":", "Gsample: eq. 11's p"),
-                               (usual.drop, "-", "Shift-Gsample: the same, no head")):
+    for drop, style, label in ((0.0, ":", "Gsample: eq. 11, drop 0"),
+                               (usual.drop, "-", "Shift-Gsample: eq. 11")):
         p = np.exp(s4.log_density(w, drop, usual.mean, usual.std))
         axis.plot(100 * w, 95 * p, style, color="black", linewidth=4, path_effects=outline,
                   label=label, zorder=3 + drop)
