@@ -167,14 +167,14 @@ def ask_arms(args):
         arms[:] = list_arms(pairs, settings.out)
         lab = s5.open_lab(flags.out, False, CPU)
         sees, reference = s5.open_judge(flags, lab, CPU)
-        rows = np.arange(min(s5.DRAWN, len(lab.val), len(lab.test)))
+        rows = np.arange(min(s5.DRAWN, len(lab.val)))
         floors.append(s5.judge_images(sees, lab.val.batch(rows)[0], lab.val.read("caption", rows),
                                       reference))
         run = functools.partial(s5.run_arm, args=flags, device=CPU)
         work = [(settings.seed, arm) for arm in arms]
         for row, images in s1.side_by_side(run, work, "spawn", cores):
-            row |= s5.judge_images(sees, torch.from_numpy(images), lab.test.read("caption", rows),
-                                   reference)
+            row |= s5.judge_images(sees, torch.from_numpy(images),
+                                   lab.test.read("caption", np.arange(len(images))), reference)
             results.append(row)
             print(f"{name} seed {settings.seed} {row['arm']:32} " + "  ".join(
                 f"{key} {row[key]:.3f}" for key in s5.METRICS), file=sys.stderr, flush=True)
