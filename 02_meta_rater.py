@@ -28,7 +28,7 @@ the rater then has to average away.
 Added to the paper, each marked in the code (what happens without it: .assets/differences.md):
     cosine         of picture and caption, under a small contrastive network trained on the
                    validation pairs: an input of the rater, whose own encoder learns from some
-                   thousands of ranks what pictures show, but hardly what captions say
+                   thousands of ranks what real pictures show, but hardly what their captions say
     entropy term   keeps all weight from falling on one pair, and pulls W_batch to 0.5; the logit
                    tends to -W_batch E[signal] / tau
     rank signal    a pair's difference is ranked in its group, a group's total among the step's

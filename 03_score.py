@@ -24,7 +24,7 @@ Writes   out/ratings.npy (structured, in row order), out/ratings.csv (the same, 
          (pictures by percentile, the paper's Fig. 5)
          (--signal loss: the same with ratings-loss; --data DIR: out/pairs-of-DIR-..., and
          ratings-of-DIR-...)
-Run      python 03_score.py                      ten seconds on two cores
+Run      python 03_score.py                      5 s on two cores
          torchrun --nproc-per-node 2 -- 03_score.py
 """
 import argparse

@@ -5,8 +5,9 @@
                                              example.png, whose table it prints for the lecture,
                                              rater.png and rater-tau0.png (two raters learn);
                                              bells.png of both signals;
-                                             and real.png, the README's first picture, where --out
-                                             holds stages 1 to 3 of pairs with planted dirt
+                                             toy.png, the README's first picture, and
+                                             real.png, where --out holds stages 1 to 3
+                                             of pairs with planted dirt
 """
 import csv
 import re
