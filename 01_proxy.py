@@ -237,8 +237,9 @@ def parse_args(argv=None):
     args.plant = asked if len(asked) > 1 else 3 * asked    # of PLANTED
     if len(asked) not in (1, 3) or not all(share >= 0 for share in asked) or sum(args.plant) > 0.99:
         raise SystemExit("--plant takes three shares, together 0.99 at most, or one for all three")
-    if args.val and args.data in BUILT_IN:
-        raise SystemExit(f"--val goes with files: --data {args.data} has trusted pairs of its own")
+    own = args.data == "own" and (args.pairs or any(args.plant))
+    if own or (args.val and args.data in BUILT_IN):
+        raise SystemExit(f"--data {args.data} takes no --val" + ", --pairs, --plant" * bool(own))
     for name in ("data", "val", "root"):                   # the same folder, wherever a stage runs
         if vars(args)[name] not in ("", *BUILT_IN):
             setattr(args, name, os.path.abspath(os.path.expanduser(vars(args)[name])))
@@ -252,8 +253,8 @@ def main(args, device):
                         for split in ("train", "val", "test"))
     if ((args.size, args.words) != (pairs.images.shape[2], pairs.tokens.shape[1])
             or len(pairs) < args.batch_size):
-        raise SystemExit(f"{out}/pairs: --data own was written with another --size or --words, or "
-                         f"its {len(pairs)} training pairs are fewer than --batch-size")
+        raise SystemExit(f"{out}/pairs: its {len(pairs)} training pairs are fewer than --batch-size"
+                         " or, with --data own, of another --size or --words")
     print0(f"pairs: {len(pairs)} train, {len(val)} val, {len(test)} test")
     made = out / "pairs/made.json"
     progress = Progress(out / "proxy.progress", {**vars(args), "pairs": digest(made)},
@@ -288,8 +289,7 @@ def draw_kinds(n, shares, rng):
     return rng.permutation(np.searchsorted(ends, np.arange(n), side="right"))
 
 
-def to_pixels(images):
-    """[-1, 1] -> uint8"""
+def to_pixels(images):                                     # [-1, 1] -> uint8
     return ((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
 
 
@@ -329,7 +329,7 @@ def describe(what):
 
 def draw_toy(n, size, seed, split, first=0):
     """n pairs (key, image, caption, stratum) of a toy split; only 'train' has several strata."""
-    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), first][:2 + (first > 0)])
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), *[first] * (first > 0)])
     kind = draw_kinds(n, list(STRATA.values())[1:] if split == "train" else [], rng)
     images, what = draw_shapes(n, size, rng)
     captions, pixels = describe(what), to_pixels(images)
@@ -345,7 +345,7 @@ def draw_toy(n, size, seed, split, first=0):
 # For pairs in another layout a script writes these files (.assets/own.md has one), for --data own:
 #   images.npy (M, 3, S, S) uint8, tokens.npy (M, T) int16, entries.npy (M,) of ENTRY
 #   texts.jsonl, a JSON string a line: entries say at which byte a key and a caption begin
-#   train.npy, val.npy, test.npy: rows of these arrays; made.json: {"data": "own"}
+#   train.npy, val.npy, test.npy: rows of these arrays; made.json: {"data": "own", "digest": ...}
 ENTRY = np.dtype([("hash", "u8"), ("pixels", "u8"), ("key", "i8"), ("caption", "i8"),
                   ("stratum", "S15")])                     # hashes of key and picture
 PREPARED = ("data", "val", "pairs", "plant", "root", "size", "words", "seed", "smoke")
@@ -534,7 +534,7 @@ def split_rows(folder, labels, args):
         splits = dict(zip(("val", "test", "train"), deal(corpus, keys, 0.1, args.seed)))
         print0("no --val: part of the corpus is held out instead, and eq. 6 can only ask for more "
                "of the same: give it pairs you trust")
-    if vars(args).get("pairs"):                            # any part of them, whatever is added
+    if vars(args).get("pairs"):                            # by lot, and new pairs change no lot
         lots = np.argsort(keys[splits["train"]])[:args.pairs]
         splits["train"] = splits["train"][np.sort(lots)]
     for split, rows in splits.items():
@@ -549,10 +549,11 @@ def split_rows(folder, labels, args):
 
 
 def deal(rows, keys, share, seed):
-    """Two halves of a share of the rows, and the rest, by their keys: another pair moves none."""
+    """Two halves of a share of the rows, mixed, and the rest, by lots that no other pair moves."""
     lots = keys[rows] ^ np.uint64(hash64(f"split {seed}".encode()))
     lots = lots * np.uint64(0x9E3779B97F4A7C15) / 2 ** 64                     # mixed, in [0, 1]
-    return [rows[np.digitize(lots, (share / 2, share)) == k] for k in range(3)]
+    *halves, rest = (rows[np.digitize(lots, (share / 2, share)) == k] for k in range(3))
+    return *map(np.random.default_rng(seed).permutation, halves), rest        # 05 shows the first
 
 
 def plant_pairs(folder, args):
@@ -859,11 +860,11 @@ def launch(main, args):
         end = main(args, torch.device("cuda" if cuda else "cpu"))
         print0(f"{end} ({time.monotonic() - began:.0f} s, --out {args.out})")
     except KeyboardInterrupt:
-        print0("\nstopped: the same command goes on from the last save, a minute ago at most")
+        print0("\nstopped: the same command goes on from what is saved")
         os._exit(130)                                      # its workers end with it
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:
         why = str(error).strip().rpartition("\n")[2]       # of a worker, its last line
-        raise SystemExit(f"{args.out}: {why}: mend that and run the same command again")
+        raise SystemExit(f"{args.out}: {why}: mend that and run the command again")
     except (torch.OutOfMemoryError, MemoryError):
         raise SystemExit("out of memory: lower --batch-size, or --size and --width of 01_proxy.py")
     if dist.is_initialized():
@@ -886,8 +887,8 @@ def end_with_first(_):
 
 class Progress:
     """A loop of steps that may be killed; the same command continues it, on a CPU bit for bit, as
-    batches and random numbers depend on seed and step alone. Once in ten steps it looks, tells and
-    saves. `log` holds a row of numbers a step, `kept` whatever else shall survive."""
+    batches and random numbers depend on seed and step alone. Every ten steps it looks, and where it
+    is time tells or saves. `log` holds a row of numbers a step, `kept` what else shall survive."""
 
     def __init__(self, path=None, settings=None, columns=(), warn=lambda *means: ""):
         self.path, self.settings, self.columns, self.warn = path, settings, columns, warn
@@ -916,10 +917,10 @@ class Progress:
                 left = (now - began) / (self.step - first) * (goal - self.step)
                 if self.columns and (now - self.told > TELL_EVERY or (self.path and not left)):
                     means, self.told = np.mean(self.log[-100:], 0) if self.log else (), now
-                    left = f"   {datetime.timedelta(seconds=round(left))} left" * bool(left)
+                    more = f"   {datetime.timedelta(seconds=round(left))} left" * bool(left)
                     print0(f"step {self.step} of {goal}" + "".join(
                         f"   {name} {mean:.4g}" for name, mean in zip(self.columns, means))
-                        + left + self.warn(*means))
+                        + more + self.warn(*means))
                 if self.path and now - self.saved > SAVE_EVERY:
                     self.saved = now
                     self.save(parts)
@@ -931,11 +932,10 @@ class Progress:
     def look(self):
         """Move the numbers that wait to the log, averaged over processes; they must be finite."""
         numbers = add_up(torch.stack(self.waiting)).tolist() if self.waiting else []
-        for row in np.array(numbers) / world():
+        for row in (np.array(numbers) / world()).tolist():
             if not np.isfinite(row).all():
-                raise SystemExit(f"step {len(self.log) + 1}: {row.tolist()} is not finite: lower "
-                                 f"--lr; {self.path}, if there, holds an earlier step")
-            self.log.append(row.tolist())
+                raise FloatingPointError(f"step {len(self.log) + 1}: {row} not finite, lower --lr")
+            self.log.append(row)
         self.waiting = []
 
     def save(self, parts):

@@ -39,8 +39,8 @@ Added to the paper, each marked in the code (what happens without it: .assets/di
     no caption     a tenth of the captions is blanked as in the warm-up. Without it both proxies
                    forget pictures without a caption, and stage 3 can no longer tell what a
                    caption is worth
-    first rest     theta = theta_hat before the first step, so that its differences are rounding:
-                   the rater rests
+    first rest     theta = theta_hat before the first step, so that eq. 6's differences are
+                   rounding: the rater rests
 Released code: eq. 9 only, no reference proxy, another softmax on top, validation only at first.
 Differs from the paper: steps by AdamW; the softmax runs over groups of fixed size (the paper's 64
 pairs on 2 GPUs are groups of 32), so the number of processes changes nothing.
@@ -132,7 +132,7 @@ def rank_signal(signal, W_inst):
 
 def rank_normal(s):
     """Along the last axis, ranks as standard normal scores; lowest signal, lowest score."""
-    ranks = s.argsort(-1).argsort(-1)
+    ranks = s.argsort(-1).argsort(-1)                      # of each, 0 the lowest
     return torch.special.ndtri((ranks + 0.5) / s.shape[-1])
 
 
@@ -295,8 +295,8 @@ def name_rater(signal):
 def main(args, device):
     unit = min(GROUP, max(args.batch_size // 2, 2)) * s1.world()              # a group in each
     if args.batch_size < 4 or args.batch_size % unit:
-        raise SystemExit(f"--batch-size {args.batch_size} must be a multiple of {unit}: of the "
-                         f"pairs of a group times {s1.world()} processes")
+        raise SystemExit(f"--batch-size {args.batch_size} must be a multiple of "
+                         f"{GROUP * s1.world()} or, in one process, even and from 4 to {2 * GROUP}")
     out = Path(args.out)
     settings, weights = s1.load(out / "proxy.pt", "01_proxy.py")
     pairs, val = (s1.open_pairs(out / "pairs", split, device) for split in ("train", "val"))

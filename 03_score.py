@@ -66,14 +66,14 @@ STRATUM_COLOURS = {"informative": "#0072B2", "plain": "#E69F00", "planted-plain"
 
 # ---- the score -------------------------------------------------------------------------------
 def mean_group_weight(rater, f, companions):
-    """Mean W_batch (B,) over R groups: each pair's features f (B, D) beside the same companions.
+    """Mean W_batch (B,) over R groups: each pair's features f (B, D') beside the same companions.
 
-    companions (R, G - 1, D). A group's mean and variance follow from sums, so that a group costs
-    as much as a pair. Never 0, so that a collapsed rater's ratings are finite, too.
+    companions (R, G - 1, D'). Mean and variance follow from sums over the companions plus f, so
+    that a group costs as much as a pair. Never 0: a collapsed rater's ratings are finite, too.
     """
-    size, f = companions.shape[1] + 1, f[:, None]                             # (B, 1, D)
-    mean = (f + companions.sum(1)) / size                                     # (B, R, D)
-    var = (f.square() + companions.square().sum(1)) / size - mean.square()    # (B, R, D)
+    size, f = companions.shape[1] + 1, f[:, None]                             # (B, 1, D')
+    mean = (f + companions.sum(1)) / size                                     # (B, R, D')
+    var = (f.square() + companions.square().sum(1)) / size - mean.square()    # (B, R, D')
     W_batch = rater.group_weight(mean, var).mean((1, 2))                      # (B,)
     return W_batch.clamp_min(torch.finfo(W_batch.dtype).tiny)
 
@@ -92,7 +92,7 @@ def baselines(proxy, ref, x, c, rng):
 @torch.no_grad()
 def score_chunk(nets, x, c, companions, rng):
     """The NUMBERS (B, 4), with BASELINES (B, 7) where `nets` has the proxies."""
-    f = nets["rater"].features(x, c)                                          # (B, D)
+    f = nets["rater"].features(x, c)                                          # (B, D')
     instance = nets["rater"].logits(f)                                        # (B,)
     group = mean_group_weight(nets["rater"], f, companions)                   # (B,)
     columns = [instance, group, instance + group.log(),    # log W_i, but for eq. 7's normaliser

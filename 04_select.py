@@ -148,11 +148,11 @@ def read_rows(path, pairs):
     return rows.astype(int)
 
 
-def compare_keys(path, pairs, shown=1000):
+def compare_keys(path, pairs):
     """End the program where the column `key` of a .csv, if it has one, names other pairs."""
     with open(path, encoding="utf-8-sig", newline="", errors="replace") as file:
-        for line in itertools.islice(csv.DictReader(file), shown):
-            row, key = line.get("row") or "", line.get("key")
+        for line in csv.DictReader(file, skipinitialspace=True):
+            row, key = (line.get("row") or "").strip().removesuffix(".0"), line.get("key")
             if key and row.isdecimal() and pairs.read("key", [int(row) % len(pairs)]) != [key]:
                 raise SystemExit(f"{path} is of another corpus: {key} is not the key of the "
                                  f"prepared pair in row {row}")
@@ -166,8 +166,7 @@ def find_planted(pairs):
 def write_shards(folder, pairs, rows, made, per_shard=10000):
     """Copy the selected pairs, rows ascending, into tars of 10,000 pairs, in one walk through their
     files. Members keep their bytes; a dot in a key is written as %2E, as a key ends at a dot."""
-    keys = (pairs.read("key", rows[k:k + 1])[0] for k in range(len(rows)))
-    found = find_files(made, keys)                         # one walk
+    found = find_files(made, (pairs.read("key", rows[k:k + 1])[0] for k in range(len(rows))))
     for number, first in enumerate(range(0, len(rows), per_shard)):
         path, count = Path(folder) / f"{number:06d}.tar", min(per_shard, len(rows) - first)
         with (s1.atomic_file(path, "wb") as whole,
@@ -185,7 +184,7 @@ def find_files(made, keys):
     """(key, {suffix: function that reads it}) of these keys, which stand in the files' order."""
     tasks, stamp = s1.list_tasks(argparse.Namespace(**made))
     key, unchanged = next(keys, None), stamp == made["files"]
-    for source in [source for label, _, (source, _) in tasks if unchanged and label == "data"]:
+    for source in [task[2][0] for task in tasks if unchanged and task[0] == "data"]:
         for name, files, _ in s1.list_pairs(source):
             if name == key and files and not isinstance(s1.decode_pair(files, 8), str):
                 yield name, files
@@ -240,12 +239,14 @@ def main(args, device=None):
     if not args.ratings.exists():
         raise SystemExit(f"{args.ratings} is missing: run 03_score.py first")
     if args.write_shards and any(Path(args.write_shards).glob("*.tar")):
-        raise SystemExit(f"--write-shards {args.write_shards} holds tars already: name another")
+        raise SystemExit(f"--write-shards {args.write_shards} holds tars: remove or rename them")
     known = s1.check(args.ratings)
     if not known:
         print(f"{args.ratings} carries no record of what it was made from: it is taken as it is")
     folder = Path(args.out) / known.get("pairs", "pairs")
     pairs, made = s1.open_pairs(folder), s1.read_json(folder / "made.json")
+    if known and s1.digest(folder / "made.json") not in known["grew_from"].values():
+        raise SystemExit(f"{args.ratings} rates other pairs than {folder} holds: name its --out")
     if args.write_shards and made["data"] in s1.BUILT_IN:
         raise SystemExit(f"--write-shards copies pairs out of files, not those of {made['data']}")
     suited, why = advise(known.get("written_by", ""), args.rank_by)
@@ -267,10 +268,9 @@ def main(args, device=None):
     print(f"wrote {stem}.csv, .json, .png: {len(rows)} of {len(real)} pairs"
           + f", none of the {planted.sum()} with planted dirt" * bool(planted.any())
           + f": {', '.join(shares)}" * bool(shares))
-    at_cut = rating[real] == rating[rows].min()            # equal ratings are drawn by lot
-    if args.method != "random" and at_cut.sum() > at_cut[chosen].sum():
-        print(f"{at_cut.sum()} pairs have the lowest rating kept: "
-              f"{at_cut[chosen].sum()} were drawn")
+    cut = rating[real] == rating[rows].min()               # equal ratings are drawn by lot
+    if args.method != "random" and cut.sum() > cut[chosen].sum():
+        print(f"{cut.sum()} pairs have the lowest rating kept: {cut[chosen].sum()} were drawn")
     if args.write_shards:
         write_shards(args.write_shards, pairs, rows, made)
     return f"look at {stem}.png; next 05_train_eval.py, or --selected {stem}.csv"

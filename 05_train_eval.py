@@ -75,8 +75,7 @@ ARMS = [Arm("full"), Arm("random 50%", keep=0.5),
 
 
 def choose_rows(arm, pool, pairs, out, seed):
-    """Rows (n,) of the pairs of an arm among those of `pool`, drawn anew for each seed where its
-    rule draws."""
+    """Rows (n,) of an arm's pairs among those of `pool`; a rule that draws does so by `seed`."""
     if arm.file:
         return s4.read_rows(Path(arm.file), pairs)
     if arm.keep == 1:
@@ -89,10 +88,9 @@ def choose_rows(arm, pool, pairs, out, seed):
 def list_arms(args, pairs, pool, arms):
     """Those of `arms` whose ratings exist; or full, random and one per --selected file."""
     for file in map(Path, args.selected):
-        known = s1.check(file).get("pairs", "pairs")
-        if known != "pairs":
-            raise SystemExit(f"{file} chooses among {known}, and stage 5 compares selections of "
-                             f"{args.out}/pairs: rate those, without --data, in 03_score.py")
+        known, own = s1.check(file), Path(args.out) / "pairs/made.json"
+        if known and s1.digest(own) not in known["grew_from"].values():
+            raise SystemExit(f"{file} chooses among other pairs than {args.out}/pairs: rate those")
         s4.compare_keys(file, pairs)
     if args.selected:
         names, chosen = zip(*((Path(file).stem, s4.read_rows(Path(file), pairs))
@@ -108,6 +106,8 @@ def list_arms(args, pairs, pool, arms):
     for name in missing:
         s1.print0(f"arms of {args.out}/{name}.npy are left out: 03_score.py"
                   + " --signal loss" * (name == EQ9) + " writes it")
+    for name in {arm.ratings for arm in arms} - missing - {""}:
+        s1.check(Path(args.out) / f"{name}.npy")           # of these pairs, or the program ends
     return [arm for arm in arms if arm.ratings not in missing]
 
 
@@ -121,8 +121,7 @@ def moments(f):
 def frechet_distance(mu1, S1, mu2, S2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two Gaussians (Heusel et al. 2017).
 
-    The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which
-    is symmetric: real numbers throughout, also for singular covariances.
+    The root's trace is summed from the symmetric S1^(1/2) S2 S1^(1/2): real, also if singular.
     """
     values, vectors = np.linalg.eigh(S1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T                    # S1^(1/2)
@@ -135,11 +134,12 @@ def judge_images(judge, images, captions, reference):
     """distance, score and match of images (B, 3, H, W) under a list of B captions."""
     f, image = map(torch.cat, zip(*map(judge.embed_images, images.split(PART))))
     distinct = sorted(set(captions))                                          # M captions
-    own = torch.tensor([distinct.index(caption) for caption in captions], device=images.device)
+    own = torch.tensor([[distinct.index(caption)] for caption in captions], device=images.device)
     cosines = image @ judge.embed_captions(distinct).T                        # (B, M)
+    cosine = cosines.gather(1, own)                                           # (B, 1)
     return {"distance": frechet_distance(*moments(f), *reference),
-            "score": 100 * cosines.gather(1, own[:, None]).mean().item(),
-            "match": 100 * (cosines.argmax(1) == own).float().mean().item()}
+            "score": 100 * cosine.mean().item(),
+            "match": 100 * (cosine >= cosines.amax(1, True)).float().mean().item()}
 
 
 @torch.no_grad()
@@ -197,7 +197,7 @@ def run_all(stem, arms, args, lab, judge, reference, device, cores):
     """Every arm under every seed; STEM.csv grows with each. Returns rows, samples and progress."""
     files = [Path(arm.file or Path(args.out) / f"{arm.ratings}.npy") for arm in arms
              if arm.file or arm.ratings]
-    progress = s1.Progress(Path(f"{stem}.progress"), vars(args) | {
+    progress = s1.Progress(Path(f"{stem}.progress"), vars(args) | {"arms": repr(arms)} | {
         f"{k} {file.name}": s1.digest(file)
         for k, file in enumerate([Path(args.out) / "proxy.pt", *files])})
     results = progress.kept.setdefault("results", [])

@@ -41,6 +41,9 @@ def test_judge_learns_clean_pairs_and_sees_wrong_captions_and_noise(stage):
     assert real["match"] > 60 and real["distance"] == pytest.approx(0, abs=1e-4)
     assert swapped["match"] < 20 and swapped["score"] < real["score"] - 20
     assert noisy["distance"] > 0.1
+    loud = stage(5).judge_images(judge, x, [text.upper() for text in captions[:64]] + captions[64:],
+                                 reference)                # to the judge the same captions
+    assert loud["match"] == pytest.approx(real["match"])
 
 
 def test_interval_and_verdict(stage):

@@ -71,7 +71,7 @@ def test_own_pictures_without_strata_or_validation(stage, tmp_path, monkeypatch,
     written, chosen = ([row["key"] for row in without_clock(out / f"{name}.csv")]
                        for name in ("ratings-of-half", "selected-topk-0.5"))
     assert written == chosen
-    with pytest.raises(SystemExit, match="chooses among pairs-of-half, and stage 5 compares"):
+    with pytest.raises(SystemExit, match="chooses among other pairs than .*/pairs: rate those"):
         launch(stage, 5, [*SELECTED, f"{out}/selected-of-half-topk-0.5.csv", "--out", str(out)])
 
 
@@ -80,13 +80,13 @@ def test_own_pictures_without_strata_or_validation(stage, tmp_path, monkeypatch,
     ("04_select.py --out nowhere-yet", "run 03_score.py"),
     ("05_train_eval.py --out CHAIN --selected no.csv", "No such file or directory: .no.csv."),
     ("01_proxy.py --data nothing-here", "no such file or folder"),
-    ("01_proxy.py --val here", "--val goes with files"),
+    ("01_proxy.py --val here", "--data toy takes no --val"),
     ("01_proxy.py --smoke --batch-size 100", "64 readable pairs, less than 100: add pairs, or"),
     ("01_proxy.py --steps 0", "--steps 0: a number from 1 up is needed"),
-    ("02_meta_rater.py --batch-size 80 --out CHAIN", "must be a multiple of 32: of the pairs"),
+    ("02_meta_rater.py --batch-size 80 --out CHAIN", "must be a multiple of 32 or, in one process"),
     ("04_select.py --write-shards x --out CHAIN", "copies pairs out of files, not those of toy"),
     ("05_train_eval.py --batch-size 256 --out CHAIN", "128 pairs are fewer than --batch-size"),
-    ("01_proxy.py --smoke --out /dev/null/x", "mend that and run the same command again")])
+    ("01_proxy.py --smoke --out /dev/null/x", "mend that and run the command again")])
 def test_errors_are_one_line_with_the_cure(stage, chain, command, message, tmp_path, capsys):
     command = command.replace("nowhere-yet", str(tmp_path / "x")).replace("CHAIN", str(chain))
     file, *flags = command.split()

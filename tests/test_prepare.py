@@ -175,6 +175,8 @@ def test_a_pair_stays_in_its_split(stage, tmp_path, monkeypatch):
     trusted = split_of(tmp_path / "data", "--val", val)
     assert all((split == "train") != key.startswith("w") for key, split in trusted.items())
     assert len(trusted) == 340 and 30 < list(trusted.values()).count("val") < 70
+    rows = np.load(tmp_path / "out/pairs/test.npy")        # mixed: stage 5 shows the first
+    assert (np.diff(rows) < 0).any() and len(set(rows)) == len(rows)
     part = split_of(tmp_path / "data", "--val", val, "--pairs", "100")
     assert part.items() < trusted.items() and list(part.values()).count("train") == 100
     keys = np.random.default_rng(0).integers(2 ** 64, size=10 ** 6, dtype="u8")
@@ -230,7 +232,8 @@ PLANTED = "--plant.*together 0.99 at most"
 @pytest.mark.parametrize("flags, message", [
     ("--plant 0.1 0.1", PLANTED), ("--plant nan", PLANTED), ("--plant 0.4", PLANTED),
     ("--plant 0 0.6 0.5", PLANTED), ("--plant=-0.1", PLANTED),
-    ("--data toy --val a", "--val goes with files")])
+    ("--data toy --val a", "--data toy takes no --val"),
+    ("--data own --pairs 9", "own takes no .*--pairs"), ("--data own --plant 0.1", "--plant")])
 def test_options_that_cannot_be_meant_are_refused(stage, flags, message):
     with pytest.raises(SystemExit, match=message):
         stage(1).parse_args(flags.split())

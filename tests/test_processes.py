@@ -125,7 +125,7 @@ def test_gradients_of_two_processes_are_those_of_the_joined_batch(tmp_path, sign
 def test_a_batch_that_cannot_be_cut_is_one_line(stage, chain, monkeypatch):
     monkeypatch.setattr(stage(1), "world", lambda: 2)
     for number, size, message in ((5, "51", "51 must divide by 2 processes"),
-                                  (2, "96", "a multiple of 64: of the pairs of a group times 2 pro")):
+                                  (2, "96", "a multiple of 64 or, in one process")):
         with pytest.raises(SystemExit, match=message):
             launch(stage, number, ["--smoke", "--batch-size", size, "--out", str(chain)])
 
