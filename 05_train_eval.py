@@ -5,7 +5,7 @@
 An arm is a selection, chosen here by stage 4's `select`, or --selected: half the pairs take half
 the steps. All arms of a seed share initial weights, so their differences are paired; a seed also
 redraws what is drawn by chance. Rater, judge, and captions and noise of the evaluation stay the
-same: intervals leave their spread out. On 512 test pairs, which no proxy and no arm has seen:
+same: intervals leave their spread out. On 512 test pairs at most, unseen by proxies and arms:
 
     held-out   mean flow loss under fixed noise
     distance   Frechet distance between features of drawn and of real images
