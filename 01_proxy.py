@@ -441,7 +441,7 @@ def prepare(folder, args):
 def list_tasks(args):
     """[(label, reader, its arguments)] for all pairs that the options name, and digits for the
     names, sizes and times of their files. The label is a split; `data` or `val` for files."""
-    if args.data == "own":
+    if args.data == "own":                                 # a script has made them
         return [], ""
     if args.data == "toy":
         counts = {split: sizes[args.smoke] for split, sizes in TOY_PAIRS.items()}
