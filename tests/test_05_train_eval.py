@@ -175,6 +175,10 @@ def test_a_comparison_that_was_killed_goes_on_with_the_next_arm(
     with mock.patch.object(stage(1), "train", cut_at(stage(1).train, 3)), pytest.raises(Cut):
         compare(stage, out, *flags)
     assert len((out / "results.csv").read_text().split("\n")) == 4
+    listed = stage(5).list_arms
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="begun with other arms"):
+        patch.setattr(stage(5), "list_arms", lambda *given: listed(*given)[::-1])
+        compare(stage, out, *flags)
     assert compare(stage, out, *flags) == expected and len(drawn) == 2 + 4
     assert all(map(torch.equal, (images for _, images in drawn[-4:]), judged[-4:]))
     said, table = capsys.readouterr().out, (out / "results.md").read_text()
