@@ -237,9 +237,9 @@ def parse_args(argv=None):
     args.plant = asked if len(asked) > 1 else 3 * asked    # of PLANTED
     if len(asked) not in (1, 3) or not all(share >= 0 for share in asked) or sum(args.plant) > 0.99:
         raise SystemExit("--plant takes three shares, together 0.99 at most, or one for all three")
-    own = args.data == "own" and (args.pairs or any(args.plant))
-    if own or (args.val and args.data in BUILT_IN):
-        raise SystemExit(f"--data {args.data} takes no --val" + ", --pairs, --plant" * bool(own))
+    unread = args.data == "own" and (args.pairs or any(args.plant))
+    if unread or (args.val and args.data in BUILT_IN):
+        raise SystemExit(f"--data {args.data} takes no --val" + ", --pairs, --plant" * bool(unread))
     for name in ("data", "val", "root"):                   # the same folder, wherever a stage runs
         if vars(args)[name] not in ("", *BUILT_IN):
             setattr(args, name, os.path.abspath(os.path.expanduser(vars(args)[name])))
@@ -553,7 +553,7 @@ def deal(rows, keys, share, seed):
     lots = keys[rows] ^ np.uint64(hash64(f"split {seed}".encode()))
     lots = lots * np.uint64(0x9E3779B97F4A7C15) / 2 ** 64                     # mixed, in [0, 1]
     *halves, rest = (rows[np.digitize(lots, (share / 2, share)) == k] for k in range(3))
-    return *map(np.random.default_rng(seed).permutation, halves), rest        # 05 shows the first
+    return *map(np.random.default_rng(seed).permutation, halves), rest        # 05 takes the first
 
 
 def plant_pairs(folder, args):

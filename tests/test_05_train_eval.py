@@ -119,6 +119,8 @@ def test_selections_of_one_name_are_refused(stage, tmp_path):
     for taken in (files[:2], files[2:3], files[3:4], files[:1] * 2):
         with pytest.raises(SystemExit, match="names are not distinct, or taken"):
             choose(*taken)
+    small = write_rows(tmp_path / "D/small.csv", np.arange(16), pairs)        # a rival of each size
+    assert [arm.name for arm in choose(files[0], small)][:3] == ["full", "random 16", "random 32"]
     pool = np.arange(1, 256)                               # pair 0 is planted dirt
     with pytest.raises(SystemExit, match="lists pairs with planted dirt"):
         choose(files[0])
@@ -216,12 +218,16 @@ def test_planted_pairs_are_in_no_arm(stage, chain, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.slow
-def test_arms_side_by_side_give_the_numbers_of_arms_in_turn(stage, chain, tmp_path, monkeypatch):
-    """Each with the 512 images that the other processes draw."""
+def test_arms_side_by_side_give_the_numbers_of_arms_in_turn(stage, chain, tmp_path, monkeypatch,
+                                                            capsys):
+    """Each with the 512 images that the other processes draw. The end is foretold when as many arms
+    are done as began together."""
     found = []
     monkeypatch.setattr(stage(5), "DRAWN", 512)
     for cores in (1, 2):
         out = shutil.copytree(chain, tmp_path / str(cores))
         monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
         found.append(compare(stage, out, "--seeds", "1"))
+        told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("seed 0")]
+        assert ["min left" in line for line in told] == [k >= cores for k in range(1, 5)]
     assert found[0] == found[1] and len(found[0]) == 4

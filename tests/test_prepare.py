@@ -175,8 +175,9 @@ def test_a_pair_stays_in_its_split(stage, tmp_path, monkeypatch):
     trusted = split_of(tmp_path / "data", "--val", val)
     assert all((split == "train") != key.startswith("w") for key, split in trusted.items())
     assert len(trusted) == 340 and 30 < list(trusted.values()).count("val") < 70
-    rows = np.load(tmp_path / "out/pairs/test.npy")        # mixed: stage 5 shows the first
-    assert (np.diff(rows) < 0).any() and len(set(rows)) == len(rows)
+    for split in ("val", "test"):                          # mixed: stage 5 takes the first 512
+        rows = np.load(tmp_path / f"out/pairs/{split}.npy")
+        assert (np.diff(rows) < 0).any() and len(set(rows)) == len(rows)
     part = split_of(tmp_path / "data", "--val", val, "--pairs", "100")
     assert part.items() < trusted.items() and list(part.values()).count("train") == 100
     keys = np.random.default_rng(0).integers(2 ** 64, size=10 ** 6, dtype="u8")
